@@ -14,7 +14,9 @@ CREDIT = (
     *("old_logprobs", "importance_weight", "ratio", "clipped"),
 )
 JOURNAL = ("rollout_logprobs", "ref_logprobs", "policy_versions")
-BYTES_PER_NUMBER = 8 / 3  # a float16 in base64
+BYTES_PER_NUMBER = 8 / 3  # a float16 in base64; numbers that need float32 are rare
+LARGEST = 65_504  # of float16
+EXACT = 2_048  # float16 holds every whole number up to this one
 
 
 class Pieces:
@@ -33,13 +35,15 @@ class Pieces:
 
 
 def packed(values: np.ndarray | None, length: int) -> str | float | None:
-    """The numbers of a response as float16 in base64, or one number if all are equal. None if they are not known."""
+    """The numbers of a response in base64, or one number if all are equal. None if they are not known. The numbers are
+    float16, or float32 if one of them is too large for float16. The number of bytes tells the page which."""
     if values is None or len(values) != length or not length:
         return None
     if (values == values[0]).all():
         return short(float(values[0]))
-    with np.errstate(over="ignore"):
-        return base64.b64encode(values.astype("<f2").tobytes()).decode()
+    largest = np.abs(values[np.isfinite(values)].astype(np.float64)).max(initial=0)
+    is_small = largest <= (EXACT if np.issubdtype(values.dtype, np.integer) else LARGEST)
+    return base64.b64encode(values.astype("<f2" if is_small else "<f4").tobytes()).decode()
 
 
 def short(value: float | None) -> float | None:

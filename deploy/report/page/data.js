@@ -36,13 +36,16 @@ function number(value) {
 
 const percent = (value) => (value === null || value === undefined ? "-" : `${(100 * value).toFixed(1)}%`);
 
-// The numbers of a response: {number} of a constant, or float16 in base64. deploy/report/rollouts.py packs them.
+// The numbers of a response: {number} of a constant, or float16 or float32 in base64. deploy/report/token_numbers.py
+// packs them.
 function unpack(packed, length) {
   if (packed === undefined) return null;
   if (typeof packed === "number") return new Float32Array(length).fill(packed);
   const bytes = Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
-  const halves = new DataView(bytes.buffer);
-  return Float32Array.from({ length }, (_, i) => fromHalf(halves.getUint16(2 * i, true)));
+  const view = new DataView(bytes.buffer);
+  const isHalf = bytes.length === 2 * length;
+  const at = (i) => (isHalf ? fromHalf(view.getUint16(2 * i, true)) : view.getFloat32(4 * i, true));
+  return Float32Array.from({ length }, (_, i) => at(i));
 }
 
 function fromHalf(bits) {

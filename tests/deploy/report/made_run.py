@@ -40,10 +40,12 @@ def write_run(
     turns: int = 0,
     info: str = '{"tool_calls": 1}',
     last: Sequence[Mapping[str, str]] = (),
+    scale: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """Writes the run. `voids` are in the journal's step 1. With `turns`, every second response is an episode of at most
-    so many, the first of them with this `info`. The environment answers the last turn with the messages `last`."""
+    so many, the first of them with this `info`. The environment answers the last turn with the messages `last`.
+    `scale` multiplies the scores."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True)
     cfg = tiny_config("tests/tiny", num_steps=max(1, steps), rollouts_per_step=rollouts)
@@ -56,7 +58,7 @@ def write_run(
         rows = []
         for _ in range(rollouts):
             sample = SampleId(asked // prompts, asked % prompts, 0)
-            row = _experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens)
+            row = _experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens, scale)
             rows.append(_episode(rng, row, turns, info, last) if turns and asked % 2 else row)
             asked += 1
         path = write_step(directory, step, rows, voids=voids if step == 1 else ())
@@ -141,7 +143,7 @@ def _derived(row: Experience, rng: np.random.Generator, *, clip_share: float, ga
 
 
 def _experience(
-    rng: np.random.Generator, sample: SampleId, prompt: str, version: int, tokens: tuple[int, int]
+    rng: np.random.Generator, sample: SampleId, prompt: str, version: int, tokens: tuple[int, int], scale: float
 ) -> Experience:
     length = int(rng.integers(*tokens))
     cut = bool(rng.random() < 0.2)
@@ -156,7 +158,7 @@ def _experience(
         "length" if cut else "stop",
         "Generator(0)",
     )
-    score = float(np.round(rng.normal(0.05 * version, 1), 3))
+    score = scale * float(np.round(rng.normal(0.05 * version, 1), 3))
     return Experience(rollout, Score(score, {"a_words": score}), reference)
 
 

@@ -234,6 +234,21 @@ def expected(blocks, sample, quantity, t):
     return float(np.asarray(numbers(packed, blocks["rollouts"]["tokens"][row]))[t])
 
 
+def test_numbers_that_need_float32_are_shown(open_page, tmp_path):
+    run = write_run(tmp_path / "run", steps=1, tokens=(12, 30), scale=1e9)
+    blocks = page_blocks(RunFiles.read(run))
+    (tmp_path / "report.html").write_text(render("run", blocks), encoding="utf-8")
+    page = open_page("rollouts", address=(tmp_path / "report.html").as_uri())
+    page.fill("#search", "0/3/0")
+    page.locator("#table tbody tr").first.click()
+    page.locator(".token").nth(3).hover()
+    for label, name in {"value": "values", "advantage": "advantages", "KL": "kl"}.items():
+        assert float(page.numbers()[label].replace(",", "")) == pytest.approx(
+            expected(blocks, "0/3/0", name, 3), rel=5e-3
+        ), label
+    assert abs(expected(blocks, "0/3/0", "values", 3)) > 65_504
+
+
 def test_every_number_of_a_token_is_shown_on_hover_and_by_keyboard(open_page, blocks):
     page = open_page("rollouts")
     page.fill("#search", "1/0/0")

@@ -11,6 +11,7 @@ import pytest
 from deploy.report.page import json_text
 from deploy.report.rollouts import Rollouts
 from deploy.report.steps import StepFiles
+from deploy.report.token_numbers import packed
 from deploy.report.token_text import TokenText
 from tests.deploy.report.made_run import write_run
 from tests.fakes import WORDS
@@ -32,11 +33,12 @@ def credit_rows(run):
     return [row for path in sorted((run / "credit").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def numbers(packed, length):
+def numbers(found, length):
     """The numbers that the page's unpack() gives."""
-    if isinstance(packed, int | float):
-        return np.full(length, packed)
-    return np.frombuffer(base64.b64decode(packed), "<f2").astype(float)
+    if isinstance(found, int | float):
+        return np.full(length, found)
+    data = base64.b64decode(found)
+    return np.frombuffer(data, {2: "<f2", 4: "<f4"}[len(data) // length]).astype(float)
 
 
 def test_rows_have_the_numbers_of_journal_and_credit(run_directory):
@@ -69,6 +71,37 @@ def test_every_token_has_the_numbers_of_its_files(run_directory):
         assert numbers(detail["ref_logprobs"], length) == pytest.approx(row["ref_logprobs"], rel=1e-3)
         assert detail["policy_versions"] == row["step"]
         assert details["prompts"][str(row["prompt_index"])] == row["prompt"]
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e5, 1e9])
+def test_numbers_of_large_scores_are_those_of_the_credit_files(tmp_path, scale):
+    run = write_run(tmp_path / "run", steps=3, tokens=(12, 30), scale=scale)
+    table, details = tables_of(run)
+    largest = 0.0
+    for i, derived in enumerate(credit_rows(run)):
+        for name in ("values", "rewards", "returns", "kl"):
+            found = numbers(details["rows"][i][name], table["tokens"][i])
+            assert found == pytest.approx(np.array(derived[name], float), rel=1e-3, abs=1e-6), name
+            largest = max(largest, *np.abs(found))
+    assert largest > scale
+
+
+@pytest.mark.parametrize(
+    ("values", "bytes_of_each"),
+    [
+        ([1.0, 65_504.0], 2),
+        ([1.0, -65_505.0], 4),
+        ([1.0, np.inf, np.nan], 2),
+        ([np.inf, -np.inf], 2),
+        ([2047, 2048], 2),
+        ([3000, 3001], 4),  # versions of the policy
+    ],
+)
+def test_numbers_take_the_fewest_bytes_that_hold_them(values, bytes_of_each):
+    values = np.array(values, np.int32 if isinstance(values[1], int) else np.float32)
+    found = packed(values, len(values))
+    assert len(base64.b64decode(found)) == bytes_of_each * len(values)
+    np.testing.assert_array_equal(numbers(found, len(values)), values)
 
 
 def test_voids_have_reason_and_text_but_no_score(run_directory):
