@@ -45,12 +45,6 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def clear_stale_state(directory: Path) -> None:
-    """Deletes scale.json and pool-state.json of an earlier driver."""
-    for name in ("scale.json", "pool-state.json"):
-        (directory / name).unlink(missing_ok=True)
-
-
 def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10) -> dict[str, Any]:
     """Writes the targets, {role: replicas}, and returns RUN/pool-state.json once the run has read them. Raises
     UserError."""

@@ -31,7 +31,6 @@ from deploy.plan.planner import Planner, without_stores
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers
-from deploy.scale import clear_stale_state
 from deploy.source_checks import check_sources, try_sources
 
 
@@ -135,7 +134,6 @@ def session(
             else:
                 owned.begin(cfg, command, force=force)
                 record()
-            clear_stale_state(owned.directory)
 
         yield cfg, begin
 

@@ -20,6 +20,7 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.files import write_durably
+from deploy.run.leftovers import clear_scaling_state
 from deploy.run.lock import LOCK, RunLock
 from deploy.run.log import RunLog
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
@@ -132,6 +133,7 @@ def run_owner(directory: Path, *, resume: bool = False, force: bool = False) -> 
     if not resume:
         refuse_overwriting(directory, force=force)
     with sole_owner(directory, make=not resume) as owned:
+        clear_scaling_state(directory)
         yield owned
 
 

@@ -19,6 +19,13 @@ _REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic|best-critic)-\
 _CHECKPOINT = re.compile(r"step-\d{6,}")
 
 
+def clear_scaling_state(directory: Path) -> None:
+    """Removes scale.json and pool-state.json of an earlier driver. `ratchet scale` would take them for those of the
+    driver that starts now, and it refuses to scale while there is no pool-state.json."""
+    for name in ("scale.json", "pool-state.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
 def clear_leftovers(directory: Path) -> None:
     """Removes unfinished files and directories of killed processes, which nobody has read. Keeps links and names that
     Ratchet does not write. A directory that was about to be replaced gets its name back."""

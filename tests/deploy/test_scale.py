@@ -15,9 +15,9 @@ from actors.pool.pool import Pool
 from common.config.base import MOST_PROCESSES, Replicated
 from common.errors import UserError
 from common.files import write_whole
-from deploy.run.directory import sole_owner
+from deploy.run.directory import run_owner, sole_owner
 from deploy.run.lock import is_owned
-from deploy.scale import _targets, clear_stale_state, follow_targets, scale, show
+from deploy.scale import _targets, follow_targets, scale, show
 from tests.fakes import LocalHost
 
 
@@ -62,9 +62,6 @@ def wait_until(condition, limit_s: float = 10.0) -> None:
 
 
 def test_a_target_reaches_the_pool(tmp_path, capsys):
-    (tmp_path / "scale.json").write_text('{"Worker": 3}')
-    clear_stale_state(tmp_path)  # that target was for an earlier process
-
     def ask():
         before = scale(tmp_path, {})
         scale(tmp_path, {"Worker": 2})
@@ -151,6 +148,16 @@ def test_without_a_running_run_scale_is_refused(tmp_path):
         assert is_owned(tmp_path)
         with pytest.raises(UserError, match=r"has not read the target within 0\.1 s"):
             scale(tmp_path, {"Worker": 2}, timeout_s=0.1)  # the process is there and does not listen
+
+
+def test_a_run_that_continues_is_not_scaled_by_the_state_of_its_killed_driver(tmp_path):
+    (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "target": 2, "replicas": []}}))
+    (tmp_path / "scale.json").write_text('{"Worker": 2}')
+    with run_owner(tmp_path, resume=True):  # its pools have not started yet
+        for targets in ({"Worker": 2}, {"Worker": 3}, {}):
+            with pytest.raises(UserError, match="once its screen says that it is ready"):
+                scale(tmp_path, targets)
+        assert not (tmp_path / "scale.json").exists()
 
 
 def test_a_run_without_pools_is_not_scaled(tmp_path):

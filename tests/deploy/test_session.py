@@ -206,12 +206,14 @@ def test_a_directory_is_owned_before_the_cluster_is_joined(cfg, tmp_path, events
 def test_a_session_deletes_the_scaling_state_and_leftovers_of_an_earlier_process(cfg, tmp_path):
     with started(cfg, tmp_path, [FITS]) as begin:
         begin()
+    kept = {"config.toml", "run.json", "run.lock", "metrics.jsonl"}
     for name in ("scale.json", "pool-state.json", "metrics.jsonl", "summary.json.1.tmp"):
         (tmp_path / name).write_text("{}")
     with started(cfg, tmp_path, [FITS], resume=True) as begin:
-        assert (tmp_path / "summary.json.1.tmp").exists()  # nothing is cleaned before the run is accepted
+        # Nothing else is cleaned before the run is accepted.
+        assert {path.name for path in tmp_path.iterdir()} == {*kept, "summary.json.1.tmp"}
         begin()
-        assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "run.lock", "metrics.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_every_phase_must_fit_and_a_refused_run_leaves_no_directory(cfg, tmp_path):
