@@ -81,8 +81,10 @@ def plan(
     config: Annotated[str, typer.Argument(help="A TOML file or shipped config.", callback=config_file)],
     settings: Settings = None,
     preset: Preset = None,
-    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nodes of the machines to plan for.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of each node.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=1000, metavar="N", help="Nodes of the machines to plan for.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=64, metavar="N", help="GPUs of each node.")] = None,
     gpu_memory: Annotated[float | None, typer.Option(min=1, max=1e5, metavar="GIB", help="Memory of each GPU.")] = None,
     cpus: Annotated[float | None, typer.Option(min=1, max=1e5, metavar="N", help="CPU cores of each node.")] = None,
     memory: Annotated[float | None, typer.Option(min=1, max=1e6, metavar="GIB", help="Memory of each node.")] = None,

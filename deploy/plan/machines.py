@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ class Described:
 
     def check(self) -> None:
         """Raises UserError unless the options describe a machine."""
+        for name, value in vars(self).items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} ({value:g}) must be a finite number; give one")
         if self.cpus is None or self.memory is None:
             raise UserError(
                 "a described machine needs --cpus and --memory, such as --nodes 2 --gpus 8 --gpu-memory 80 --cpus 64 "

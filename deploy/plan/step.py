@@ -35,7 +35,7 @@ class Typical:
             ("--prompt-tokens", self.prompt_tokens, "prompts.max_tokens", cfg.prompts.max_tokens),
             ("--response-tokens", self.response_tokens, cfg.max_response_setting, cfg.max_response_tokens),
         ):
-            if given is not None and given > most:
+            if given is not None and not given <= most:  # not a number, too
                 raise UserError(
                     f"{option} ({given:g}) must be at most {setting} ({most}); lower it, or raise the setting"
                 )

@@ -20,6 +20,7 @@ from deploy.plan.command import Models, run_plan, run_suggest
 from deploy.plan.machines import SYSTEM, THIS_MACHINE, Described
 from deploy.plan.placement import Node
 from deploy.plan.planner import Planner
+from deploy.plan.step import Typical
 from deploy.plan.table import numbers
 from deploy.run.directory import run_owner
 from tests.fakes import tiny_config
@@ -125,12 +126,20 @@ def test_a_run_without_room_exits_with_1_and_says_what_to_change(model, tmp_path
         (Described(cpus=2), "--cpus and --memory"),
         (Described(cpus=2, memory=8, gpus=1), "--gpus .* and --gpu-memory .* go together"),
         (Described(cpus=2, memory=8, gpu_memory=80), "go together"),
+        (Described(cpus=2, memory=float("nan")), r"--memory \(nan\) must be a finite number"),
+        (Described(cpus=float("inf"), memory=9), r"--cpus \(inf\) must be a finite number"),
+        (Described(cpus=2, memory=9, gpus=1, gpu_memory=float("nan")), r"--gpu-memory \(nan\) must be a finite"),
         (Described(cpus=2, memory=3), "the object store \\(1.0 GiB\\); give more"),
     ],
 )
 def test_half_a_description_of_a_machine_is_refused(described, what):
     with pytest.raises(UserError, match=what):
         described.make(1024)
+
+
+def test_tokens_that_are_not_a_number_are_refused():
+    with pytest.raises(UserError, match=r"--response-tokens \(nan\) must be at most sampling.max_new_tokens"):
+        Typical(response_tokens=float("nan")).check(tiny_config("m"))
 
 
 def test_described_nodes_keep_room_for_the_system_and_the_object_store():
@@ -172,6 +181,11 @@ def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys
         (("--rate", "b300", "--suggest"), "h100, zen5-core"),
         (("--cpus", 2, "--memory", "inf"), "--memory"),
         (("--cpus", 2, "--memory", 9, "--gpus", 1, "--gpu-memory", "inf"), "--gpu-memory"),
+        (("--cpus", 2, "--memory", "nan"), "--memory"),
+        (("--cpus", "nan", "--memory", 9, "--suggest"), "--cpus"),
+        (("--response-tokens", "nan"), "--response-tokens"),
+        (("--cpus", 2, "--memory", 9, "--nodes", 1001), "--nodes"),
+        (("--cpus", 2, "--memory", 9, "--gpus", 65, "--gpu-memory", 80), "--gpus"),
         (("--cpus", 2, "--memory", 9, "--address", "h:1"), "give only one of them"),
     ],
 )
