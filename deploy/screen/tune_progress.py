@@ -89,7 +89,7 @@ class TuneProgress(Screen):
         for step in steps:
             table.add_column(f"step {step}", justify="right")
         table.add_column("end")
-        table.add_column("settings")
+        table.add_column("settings", overflow="fold")
         for number, state in sorted(outcome.states.items()):
             values = [significant(state.results[step]) if step in state.results else "-" for step in steps]
             settings = " ".join(as_overrides(self._plan.trials[number - 1]))
