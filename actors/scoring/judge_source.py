@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from actors.scoring.http_service import AnswerError, HttpService
@@ -20,9 +21,9 @@ from common.errors import UserError
 from common.plain_text import one_line
 from common.types import RawScore, RewardInput
 
-JUDGEMENT_CHARS = 4000  # the score must be in this many last characters of a judge's text
+JUDGEMENT_CHARS = 4000  # score_pattern is searched in this many last characters of a judge's text
 _PLACEHOLDER = re.compile(r"\{(prompt|response|fields\.([^{}]+))\}")
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
 
 
 class JudgeSource:
@@ -47,7 +48,11 @@ class JudgeSource:
 
     def _read(self, found: Any) -> tuple[float, str]:
         choices = read_entry(found, "choices")
-        message = read_entry(choices[0], "message") if isinstance(choices, list) and choices else {}
+        choice = choices[0] if isinstance(choices, list) and choices else {}
+        message = read_entry(choice, "message")
+        if choice.get("finish_reason") == "length":  # a score in such a text may be one that the judge would correct
+            limit = "max_completion_tokens" if "max_completion_tokens" in self._cfg.request else "max_tokens"
+            raise AnswerError(f"the judge's text was cut off; raise request.{limit}")
         text = read_entry(message, "content")
         if not isinstance(text, str):
             raise AnswerError(f"the judge wrote no text, but {one_line(repr(text), 80)}")
@@ -58,14 +63,14 @@ class JudgeSource:
         return score, read_model_name(found)
 
     def _score(self, text: str) -> float:
-        end = text[-JUDGEMENT_CHARS:]
         if self._cfg.score_field is not None:
-            fenced = _FENCED.findall(end)
+            fenced = _FENCED.findall(text)
             try:
-                found = json.loads(fenced[-1] if fenced else end)
+                found = json.loads(fenced[-1] if fenced else text)
             except (ValueError, RecursionError):
-                raise AnswerError(f"the judge's text is no JSON object: {one_line(end, 120)}") from None
+                raise AnswerError(f"the judge's text is no JSON object: {one_line(text, 120)}") from None
             return read_number(read_entry(found, self._cfg.score_field), f"{self._cfg.score_field!r}")
+        end = text[-JUDGEMENT_CHARS:]
         matches = list(self._pattern.finditer(end))
         if not matches:
             raise AnswerError(f"score_pattern is not in the judge's text: {one_line(end, 120)}")
@@ -81,13 +86,28 @@ def fill(template: str, answer: RewardInput) -> str:
 
     def value(found: re.Match[str]) -> str:
         if found[2] is None:
-            return answer.prompt if found[1] == "prompt" else answer.response
+            return _prompt_text(answer) if found[1] == "prompt" else answer.response
         if found[2] not in answer.fields:
             raise AnswerError(f"the prompt's record has no field {found[2]!r}, which the template names")
         field = answer.fields[found[2]]
         return field if isinstance(field, str) else json.dumps(field, ensure_ascii=False)
 
     return _PLACEHOLDER.sub(value, template)
+
+
+def _prompt_text(answer: RewardInput) -> str:
+    """The prompt as a judge reads it: without the special tokens of the policy's chat template."""
+    if not answer.messages:
+        return answer.prompt
+    if len(answer.messages) == 1 and answer.messages[0]["role"] == "user":
+        return _message_text(answer.messages[0])
+    return "\n\n".join(f"{message['role']}: {_message_text(message)}" for message in answer.messages)
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """The message's content, followed by its tool calls as JSON if it has any."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return "\n".join(filter(None, (message.get("content"), calls)))
 
 
 def try_template(cfg: JudgeSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:

@@ -148,13 +148,15 @@ class JudgeSourceConfig(ServiceConfig):
     judge_model: Annotated[str, Field(min_length=1, max_length=200)]
     """The model's name at the service."""
     template: str
-    """The message to the judge. {prompt}, {response} and {fields.NAME} are filled in; other braces stay."""
+    """The message to the judge. {prompt}, {response} and {fields.NAME} are filled in; other braces stay. Of a chat
+    prompt {prompt} has the messages, without the template of the policy."""
     system: str | None = None
     """The system message, with the same placeholders. Left out: none."""
     score_range: tuple[float, float]
     """Lowest and highest score that is accepted. Any other score is a failure."""
-    score_pattern: str = r"[Ss]core[^\w-]{0,5}(-?\d{1,9}(?:\.\d{1,9})?)"
-    """Regular expression whose first group is the score. The last match in the judge's text counts."""
+    score_pattern: str = r"[Ss]core[^\w(.\[\u2212-]{0,5}(-?\d{1,9}(?:\.\d{1,9})?)(?![.,]?\d|\s*[-\u2013\u2212]\s*\d)"
+    """Regular expression whose first group is the score. The last match in the judge's text counts. The default reads
+    `Score: 7.5` and `**Score**: 8/10`. A range such as 7-8, `.5` or `7,5` is no match."""
     score_field: str | None = None
     """Read the judge's text as a JSON object and take the score from this field. Left out: score_pattern is used."""
     request: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}

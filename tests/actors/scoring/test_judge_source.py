@@ -25,14 +25,15 @@ def config(*urls: str, **settings) -> JudgeSourceConfig:
     )
 
 
-def ask(text, *, model: str | None = None, **settings) -> tuple[RawScore | str, list, str]:
+def ask(text, *, model: str | None = None, finish: str = "stop", **settings) -> tuple[RawScore | str, list, str]:
     """The score or error of ANSWER from a judge that writes this text, the requests it got, and its address."""
     seen: list = []
 
     async def handler(request):
         seen.append(await request.json())
         message = {"role": "assistant", "content": text}
-        return web.json_response({"choices": [{"index": 0, "message": message}], **({"model": model} if model else {})})
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        return web.json_response({"choices": [choice], **({"model": model} if model else {})})
 
     async def scenario():
         app = web.Application()
@@ -88,6 +89,13 @@ def test_the_request_and_the_models_own_name_can_be_set():
         ("<answer>-2</answer>", {"score_pattern": r"<answer>(-?\d+)</answer>", "score_range": (-5, 5)}, -2.0),
         ('{"why": "good", "grade": 0.25}', {"score_field": "grade"}, 0.25),
         ('Here:\n```json\n{"grade": 9}\n```', {"score_field": "grade"}, 9.0),
+        (f'{{"why": "{"long " * 1000}", "grade": 3}}', {"score_field": "grade"}, 3.0),
+        (f'```\n{{"why": "{"long " * 1000}", "grade": 3}}\n```', {"score_field": "grade"}, 3.0),
+        ("Score: 8", {}, 8.0),
+        ("**Score**: 8/10", {}, 8.0),
+        ("Score: 7.5.", {}, 7.5),
+        ("Score: 8 - a good answer", {}, 8.0),
+        ("Score: -2", {"score_range": (-5, 5)}, -2.0),
     ],
 )
 def test_the_score_is_read_by_pattern_or_from_a_field(text, settings, score):
@@ -112,6 +120,34 @@ def test_a_judgement_without_a_score_in_bounds_is_tried_again(text, settings, me
     found, seen, _ = ask(text, **settings)
     assert message in found
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Score: .5", "Score (0-10): 7", "Score (1 to 10): 7", "Score: \N{MINUS SIGN}2", "Score: 7-8", "Score: 17 - 18"]
+    + ["Score: 7.25-8", "Score: 7\N{EN DASH}8", "Score: 7,5", "Score: 1234567890"],
+)
+def test_the_default_pattern_reads_no_part_of_another_number_or_range(text):
+    assert "score_pattern is not in the judge's text" in ask(text, score_range=(-1e9, 1e9))[0]
+
+
+@pytest.mark.parametrize(("request_", "limit"), [({}, "max_tokens"), ({"max_completion_tokens": 9}, "max_completion_tokens")])
+@pytest.mark.parametrize("text", ["Score: 1", None])
+def test_a_text_that_was_cut_off_is_no_score(request_, limit, text):
+    found, seen, _ = ask(text, finish="length", request=request_)
+    assert f"the judge's text was cut off; raise request.{limit}" in found
+    assert len(seen) == 2
+
+
+def test_a_chat_prompt_is_filled_in_as_its_messages():
+    user, call = {"role": "user", "content": "2 + 2?"}, {"function": {"name": "add"}}
+    chat = [{"role": "system", "content": "Be brief."}, user, {"role": "assistant", "tool_calls": [call]}]
+    rendered = replace(ANSWER, prompt="<|im_start|>user\n2 + 2?<|im_end|>")
+    assert fill("Q: {prompt}", replace(rendered, messages=[user])) == "Q: 2 + 2?"
+    assert fill("Q: {prompt}", replace(rendered, messages=chat)) == (
+        'Q: system: Be brief.\n\nuser: 2 + 2?\n\nassistant: [{"function": {"name": "add"}}]'
+    )
+    assert fill("Q: {prompt}", rendered) == f"Q: {rendered.prompt}"
 
 
 def test_fields_other_than_text_are_filled_in_as_json():
