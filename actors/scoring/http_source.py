@@ -11,7 +11,6 @@ from actors.scoring.http_service import AnswerError, HttpService
 from actors.scoring.secrets import Secrets
 from common.config.sources import HttpSourceConfig
 from common.futures import settle
-from common.plain_text import one_line
 from common.types import RawScore, RewardInput
 from common.user_code.results import FLOAT32_MAX
 
@@ -77,19 +76,19 @@ def _read_scores(found: Any, count: int) -> tuple[list[float], str]:
 def read_entry(found: Any, key: str) -> Any:
     """The value under a key of a JSON object. Raises AnswerError that shows what the service sent instead."""
     if not isinstance(found, Mapping):
-        raise AnswerError(f"the answer must be a JSON object with {key!r}, not {one_line(repr(found), 80)}")
+        raise AnswerError(f"the answer must be a JSON object with {key!r}, not ", shown=repr(found))
     if key not in found:
-        keys = ", ".join(repr(one_line(name, 40)) for name in list(found)[:10]) or "none"
-        raise AnswerError(f"the answer has no {key!r}; its keys are {keys}")
+        keys = ", ".join(repr(name) for name in list(found)[:10]) or "none"
+        raise AnswerError(f"the answer has no {key!r}; its keys are ", shown=keys, limit=400)
     return found[key]
 
 
 def read_number(value: Any, what: str) -> float:
     """A score from JSON as a float. Raises AnswerError for text, true, false, NaN and numbers beyond float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AnswerError(f"{what} must hold a number, not {one_line(repr(value), 80)}")
+        raise AnswerError(f"{what} must hold a number, not ", shown=repr(value))
     if not abs(value) <= FLOAT32_MAX:  # NaN, which Python's JSON reads, is refused here too
-        raise AnswerError(f"{what} must hold a number that float32 holds, not {one_line(str(value), 40)}")
+        raise AnswerError(f"{what} must hold a number that float32 holds, not ", shown=str(value), limit=40)
     return float(value)
 
 

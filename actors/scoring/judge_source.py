@@ -18,7 +18,6 @@ from actors.scoring.secrets import Secrets
 from common.config.actors import SourcesConfig
 from common.config.sources import JudgeSourceConfig
 from common.errors import UserError
-from common.plain_text import one_line
 from common.types import RawScore, RewardInput
 
 JUDGEMENT_CHARS = 4000  # score_pattern is searched in this many last characters of a judge's text
@@ -55,7 +54,7 @@ class JudgeSource:
             raise AnswerError(f"the judge's text was cut off; raise request.{limit}")
         text = read_entry(message, "content")
         if not isinstance(text, str):
-            raise AnswerError(f"the judge wrote no text, but {one_line(repr(text), 80)}")
+            raise AnswerError("the judge wrote no text, but ", shown=repr(text))
         score = self._score(text)
         low, high = self._cfg.score_range
         if not low <= score <= high:
@@ -68,16 +67,16 @@ class JudgeSource:
             try:
                 found = json.loads(fenced[-1] if fenced else text)
             except (ValueError, RecursionError):
-                raise AnswerError(f"the judge's text is no JSON object: {one_line(text, 120)}") from None
+                raise AnswerError("the judge's text is no JSON object: ", shown=text, limit=120) from None
             return read_number(read_entry(found, self._cfg.score_field), f"{self._cfg.score_field!r}")
         end = text[-JUDGEMENT_CHARS:]
         matches = list(self._pattern.finditer(end))
         if not matches:
-            raise AnswerError(f"score_pattern is not in the judge's text: {one_line(end, 120)}")
+            raise AnswerError("score_pattern is not in the judge's text: ", shown=end, limit=120)
         try:
             return float(matches[-1][1])
         except (TypeError, ValueError):
-            raise AnswerError(f"score_pattern found {one_line(repr(matches[-1][1]), 80)}, which is no number") from None
+            raise AnswerError("score_pattern found no number, but ", shown=repr(matches[-1][1])) from None
 
 
 def fill(template: str, answer: RewardInput) -> str:

@@ -6,6 +6,7 @@ job or actor in its dashboard and write them to its logs. Runs in the driver and
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -52,7 +53,10 @@ def request_headers(headers: Mapping[str, str], secrets: Secrets) -> dict[str, s
 
 
 def without_secrets(text: str, secrets: Secrets) -> str:
-    """The text with every key replaced by the name of its variable. A service may repeat a key in its answer."""
+    """The text with every key replaced by the name of its variable. A service may repeat a key in its answer. Call this
+    before the text is cut: a part of a key would not be found."""
     for name, secret in secrets.items():
-        text = text.replace(secret.get_secret_value(), f"[{name}]")
+        key = secret.get_secret_value()
+        for form in (key, json.dumps(key)[1:-1], repr(key)[1:-1]):  # JSON and Python escape quotes and backslashes
+            text = text.replace(form, f"[{name}]")
     return text

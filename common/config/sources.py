@@ -106,8 +106,8 @@ class ServiceConfig(RewardSource):
     """Retries after a failure, at another address if there is one. If the last one fails, the rollout is void. An
     address that refuses a request for good (HTTP 4xx, except 408, 425 and 429) does not get this request again."""
     backoff_s: Seconds = 0.5
-    """Pause before the first retry, seconds. It doubles before each later one. A service's Retry-After header makes it
-    longer."""
+    """Pause before the first retry, seconds. It doubles before each later one. A Retry-After header makes it longer for
+    the address that sent it."""
     follow_redirects: bool = False
     """Follow redirects. Headers are not sent on to another host or port. Off: a redirect is a failure."""
 

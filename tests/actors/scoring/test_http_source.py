@@ -360,8 +360,35 @@ def test_retry_after_lengthens_the_pause_up_to_a_limit(monkeypatch):
         return web.Response(status=429, headers={"Retry-After": next(waits)})
 
     found, _ = ask_once(handler, retries=9, backoff_s=0.25)
-    assert [pause for pause in pauses if pause] == [7.0, 0.5]  # aiohttp's server sleeps for 0 s
+    assert [pause for pause in pauses if pause] == [pytest.approx(7, abs=1), 0.5]  # aiohttp's server sleeps for 0 s
     assert "gave up after 3 tries; the last one at" in found
+
+
+def test_retry_after_of_one_address_does_not_delay_another(monkeypatch):
+    pauses, real = [], asyncio.sleep
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr("actors.scoring.http_service.asyncio.sleep", sleep)
+
+    async def busy(request):
+        return web.Response(status=429, headers={"Retry-After": "50"})
+
+    async def broken(request):
+        return web.Response(status=500)
+
+    async def scenario():
+        async with service(busy) as one, service(broken) as other:
+            grader = source(one, other, retries=3, backoff_s=0.25)
+            with pytest.raises(HttpSourceError):
+                await grader(ANSWER)
+            await close(grader)
+
+    asyncio.run(scenario())
+    # busy; broken after the usual pause; busy after its own pause; broken after the usual pause.
+    assert [pause for pause in pauses if pause] == [0.25, pytest.approx(50, abs=2), 1.0]
 
 
 @pytest.mark.parametrize(
@@ -401,6 +428,80 @@ def test_keys_come_from_the_environment_and_are_in_no_message(monkeypatch):
     message = asyncio.run(scenario())
     assert seen == [("Bearer s3cret-value", "ours")]
     assert message.endswith("HTTP 401: wrong key [JUDGE_KEY]")
+
+
+def show_key(monkeypatch, handler, key: str) -> str:
+    """The error of one request to the handler with this key."""
+    monkeypatch.setenv("JUDGE_KEY", key)
+
+    async def scenario():
+        async with service(handler) as url:
+            cfg = HttpSourceConfig(name="j", urls=[url], headers={"X-Api-Key": "env:JUDGE_KEY"}, retries=0)
+            grader = HttpSource(cfg, read_secrets([cfg]))
+            with pytest.raises(HttpSourceError) as caught:
+                await grader(ANSWER)
+            await close(grader)
+        return str(caught.value)
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("before", range(0, 200, 40))
+def test_no_part_of_a_key_is_shown_where_a_message_is_cut(monkeypatch, before):
+    key = "".join(f"<{number:02}>" for number in range(16))  # 64 characters
+
+    async def failing(request):
+        return web.Response(status=500, text="x" * before + key + "y" * 500)
+
+    async def wrong(request):
+        return web.json_response({"score": "x" * (before // 4) + key + "y" * 500})
+
+    async def no_score(request):
+        return web.json_response({"x" * before + key + "y" * 500: 1})
+
+    for handler in (failing, wrong, no_score):
+        shown = show_key(monkeypatch, handler, key)
+        assert "<" not in shown
+        assert "[JU" in shown
+
+
+def test_a_key_is_found_where_it_is_escaped(monkeypatch):
+    async def handler(request):
+        return web.json_response({"score": "it's a\\b\"c"})
+
+    assert show_key(monkeypatch, handler, 'a\\b"c').endswith(r"not 'it\'s [JUDGE_KEY]'")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_start_of_a_long_error_is_shown(packed):
+    async def handler(request):
+        body = b"out of memory " + b"trace " * 100_000
+        headers = {"Content-Encoding": "gzip"} if packed else {}
+        return web.Response(status=500, body=gzip.compress(body) if packed else body, headers=headers)
+
+    assert "HTTP 500: out of memory trace trace" in ask_once(handler)[0]
+
+
+def test_more_than_a_hundred_requests_overlap():
+    async def scenario():
+        arrived, everyone = 0, asyncio.Event()
+
+        async def handler(request):
+            nonlocal arrived
+            arrived += 1
+            if arrived == 120:
+                everyone.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(everyone.wait(), 10)
+            return web.json_response({"score": float(everyone.is_set())})
+
+        async with service(handler) as url:
+            grader = source(url, concurrency=120, retries=0, request_timeout_s=60)
+            found = await asyncio.gather(*(grader(ANSWER) for _ in range(120)))
+            await close(grader)
+        return sum(score.score for score in found)
+
+    assert asyncio.run(scenario()) == 120
 
 
 @pytest.mark.parametrize(("value", "message"), [("", "is not set here; export"), ("a\nb", "that no header")])

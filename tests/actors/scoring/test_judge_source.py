@@ -108,7 +108,7 @@ def test_the_score_is_read_by_pattern_or_from_a_field(text, settings, score):
         ("I cannot say.", {}, "score_pattern is not in the judge's text: I cannot say."),
         ("Score: 11", {}, "the judge's score 11 is outside score_range (0 to 10)"),
         ("Score: -1", {}, "the judge's score -1 is outside score_range (0 to 10)"),
-        ("grade: A", {"score_pattern": "grade: (.)"}, "score_pattern found 'A', which is no number"),
+        ("grade: A", {"score_pattern": "grade: (.)"}, "score_pattern found no number, but 'A'"),
         ("no json", {"score_field": "grade"}, "the judge's text is no JSON object: no json"),
         ('{"other": 1}', {"score_field": "grade"}, "the answer has no 'grade'; its keys are 'other'"),
         ('{"grade": "7"}', {"score_field": "grade"}, "'grade' must hold a number, not '7'"),
@@ -124,14 +124,26 @@ def test_a_judgement_without_a_score_in_bounds_is_tried_again(text, settings, me
 
 @pytest.mark.parametrize(
     "text",
-    ["Score: .5", "Score (0-10): 7", "Score (1 to 10): 7", "Score: \N{MINUS SIGN}2", "Score: 7-8", "Score: 17 - 18"]
-    + ["Score: 7.25-8", "Score: 7\N{EN DASH}8", "Score: 7,5", "Score: 1234567890"],
+    [
+        "Score: .5",
+        "Score (0-10): 7",
+        "Score (1 to 10): 7",
+        "Score: \N{MINUS SIGN}2",
+        "Score: 7-8",
+        "Score: 17 - 18",
+        "Score: 7.25-8",
+        "Score: 7\N{EN DASH}8",
+        "Score: 7,5",
+        "Score: 1234567890",
+    ],
 )
 def test_the_default_pattern_reads_no_part_of_another_number_or_range(text):
     assert "score_pattern is not in the judge's text" in ask(text, score_range=(-1e9, 1e9))[0]
 
 
-@pytest.mark.parametrize(("request_", "limit"), [({}, "max_tokens"), ({"max_completion_tokens": 9}, "max_completion_tokens")])
+@pytest.mark.parametrize(
+    ("request_", "limit"), [({}, "max_tokens"), ({"max_completion_tokens": 9}, "max_completion_tokens")]
+)
 @pytest.mark.parametrize("text", ["Score: 1", None])
 def test_a_text_that_was_cut_off_is_no_score(request_, limit, text):
     found, seen, _ = ask(text, finish="length", request=request_)
