@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from threading import Thread
 from typing import Any
 
+from common.user_code.event_loops import run_until
 from common.user_code.methods import call_plain
 from common.user_code.ordered_calls import OrderedCalls
 
@@ -61,11 +62,7 @@ class UserLoop:
         return task
 
     def _run(self) -> None:
-        while not self._closed:
-            try:
-                self._loop.run_forever()
-            except BaseException:
-                continue  # the user's own task raised SystemExit, which stops a loop
+        run_until(lambda: self._closed, self._loop)
         self._loop.close()
 
 

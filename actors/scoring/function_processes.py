@@ -14,8 +14,9 @@ from common.user_code.results import Outcome
 class ProcessRunner:
     """A Runner in worker processes. A worker that has ended is replaced.
 
-    A worker has one call at a time, or several if the function is async. If it ends during several calls, each of them
-    is repeated alone in a new worker. A call that also ends its new worker is the cause.
+    A worker has one call at a time, or several if the function is async. If it ends during several calls, or one of
+    them blocks its event loop past the limit, each of them is repeated alone in a new worker. A call that also fails
+    there is the cause.
     """
 
     def __init__(self, function: str, *, takes: str, limit_s: float, workers: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -16,6 +17,7 @@ from actors.scoring.function_runner import too_long
 from common.reward_input import RewardInput
 from common.user_code.calls import CallStyle, call, call_async
 from common.user_code.errors import UserCodeError
+from common.user_code.event_loops import run_until
 from common.user_code.ordered_calls import OrderedCalls
 from common.user_code.results import Outcome
 
@@ -48,11 +50,13 @@ class CallThread:
 
 
 class LoopThread:
-    """A thread with its own event loop, where calls of an async function overlap."""
+    """A thread with its own event loop, where calls of an async function overlap. It survives a `sys.exit()` in a task
+    that the function starts."""
 
     def __init__(self, function: Callable[..., Any], style: CallStyle) -> None:
         self._function, self._style = function, style
         self._loop = asyncio.new_event_loop()
+        self._leaves = False
         self._thread = Thread(target=self._run, name="async reward function", daemon=True)
         self._thread.start()
 
@@ -73,6 +77,7 @@ class LoopThread:
 
     def leave(self) -> None:
         """Makes the thread end when the call that blocks it ends. The other calls are then cancelled."""
+        self._leaves = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def is_alive(self) -> bool:
@@ -80,12 +85,13 @@ class LoopThread:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        self._loop.run_forever()
+        run_until(lambda: self._leaves, self._loop)
         calls = asyncio.all_tasks(self._loop)
         for task in calls:
             task.cancel()
-        if calls:
-            self._loop.run_until_complete(asyncio.wait(calls))
+        while waiting := [task for task in calls if not task.done()]:
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task that is cancelled
+                self._loop.run_until_complete(asyncio.wait(waiting))
         self._loop.close()
 
 

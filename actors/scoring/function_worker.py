@@ -81,9 +81,14 @@ def receive(stream):
 
 
 def send(connection, message):
-    """Sends one message: its length, then its pickle."""
+    """Sends one message."""
+    connection.sendall(frame(message))
+
+
+def frame(message):
+    """A message as it is sent: its length, then its pickle."""
     data = pickle.dumps(message)
-    connection.sendall(HEADER.pack(len(data)) + data)
+    return HEADER.pack(len(data)) + data
 
 
 def serve(stream, connection, first):
@@ -117,7 +122,9 @@ def serve(stream, connection, first):
 
 async def serve_async(connection, function, style, limit_s):
     """Like the end of `serve`, but calls overlap, and a call that passes its limit is cancelled."""
-    reader, _ = await asyncio.open_connection(sock=connection.dup())
+    # From here only asyncio uses the connection: it makes the socket non-blocking, where `sendall` fails when the
+    # socket's buffer is full.
+    reader, writer = await asyncio.open_connection(sock=connection)
     tasks = set()
 
     async def serve_one(message):
@@ -129,7 +136,7 @@ async def serve_async(connection, function, style, limit_s):
             reply = {"error": vars(error)}
         except TimeoutError:
             reply = {"too_long": True}
-        send(connection, {"id": message["id"], **reply})
+        writer.write(frame({"id": message["id"], **reply}))
 
     while True:
         try:

@@ -32,7 +32,8 @@ _GRACE_S = 5  # an async call, which the worker cancels itself, may take this mu
 
 
 class WorkerDiedError(Exception):
-    """A worker ended while it had `calls` calls. `how`: the end of a sentence, such as "ended with exit code 1"."""
+    """A worker ended or was killed while it had `calls` calls. `how`: the end of a sentence, such as "ended with exit
+    code 1"."""
 
     def __init__(self, how: str, *, calls: int) -> None:
         super().__init__(how)
@@ -55,7 +56,9 @@ class Worker:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._calls = 0
         self._writer: asyncio.StreamWriter | None = None
+        self._opening = asyncio.Lock()  # several first calls may come at once
         self._killed = False
+        self._suspects = 0  # unfinished calls when one of them passed its limit
         self._how_dead = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._socket, theirs = socket.socketpair()
@@ -113,10 +116,11 @@ class Worker:
 
     async def call(self, answers: Sequence[RewardInput]) -> list[Outcome]:
         """The outcome of each answer. Raises UserCodeError when the call fails or takes too long, WorkerDiedError when
-        the process ends during the call or has ended before it."""
-        if self._writer is None:
-            reader, self._writer = await asyncio.open_connection(sock=self._socket)
-            self._reading = asyncio.create_task(self._read_answers(reader))
+        the process ends during the call or has ended before it, or when one of several calls blocks its event loop."""
+        async with self._opening:
+            if self._writer is None:
+                reader, self._writer = await asyncio.open_connection(sock=self._socket)
+                self._reading = asyncio.create_task(self._read_answers(reader))
         if self._how_dead:
             raise WorkerDiedError(self._how_dead, calls=2)  # 2: it ended earlier, so this call is not the only suspect
         self._calls += 1
@@ -130,7 +134,10 @@ class Worker:
         except TimeoutError:
             if not limit.expired():
                 raise
+            self._suspects = max(self._suspects, len(self._pending))
             self.kill()
+            if self._suspects > 1:  # one of several async calls blocks the event loop, and it may be another one
+                raise WorkerDiedError("was ended at call_timeout_s", calls=self._suspects) from None
             raise too_long(self._limit_s) from None
         except asyncio.CancelledError:
             if not self.style.is_async:
@@ -155,9 +162,10 @@ class Worker:
         except Exception:  # the stream ended, or user code wrote into it
             self.kill()
             self._how_dead = await asyncio.to_thread(self._how_it_ended)
+            calls = max(self._suspects, len(self._pending))
             for future in self._pending.values():
                 if not future.done():
-                    future.set_exception(WorkerDiedError(self._how_dead, calls=len(self._pending)))
+                    future.set_exception(WorkerDiedError(self._how_dead, calls=calls))
 
     def _how_it_ended(self) -> str:
         assert self._process is not None

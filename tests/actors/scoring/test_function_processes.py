@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.scoring.function_source import FunctionSource
+from actors.scoring.worker_process import Worker
 from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig
 from common.errors import UserError
@@ -78,8 +79,14 @@ async def overlapping(answer: RewardInput) -> float:
         os._exit(7)
     if answer.prompt == "waits":
         await asyncio.Event().wait()
+    if answer.prompt == "blocks":
+        time.sleep(60)
     await asyncio.sleep(0.4)
     return float(len(answer.prompt))
+
+
+async def many(answers: list[RewardInput]) -> list[float]:
+    return [float(number) for number in range(len(answers))]
 '''
 
 
@@ -172,6 +179,53 @@ def test_an_async_call_that_ends_its_process_costs_no_other(graders):
     ended = "ended its process: it ended with exit code 7"
     found = ask("process_graders:overlapping", "a", "exits", "bb", "waits", call_timeout_s=3)
     assert found == [1.0, ended, 2.0, "took longer than call_timeout_s (3 s)"]
+
+
+@pytest.mark.parametrize("prompts", [("blocks", "a", "bb"), ("a", "blocks", "bb")])
+def test_an_async_call_that_blocks_its_process_costs_no_other(graders, monkeypatch, prompts):
+    monkeypatch.setattr("actors.scoring.worker_process._GRACE_S", 0.5)
+    found = ask("process_graders:overlapping", *prompts, call_timeout_s=1.5)
+    late = "took longer than call_timeout_s (1.5 s)"
+    assert found == [late if prompt == "blocks" else len(prompt) for prompt in prompts]
+
+
+def test_a_call_that_began_during_a_blocking_one_is_not_blamed(graders, monkeypatch):
+    monkeypatch.setattr("actors.scoring.worker_process._GRACE_S", 0.5)
+
+    async def scenario():
+        asked = source("process_graders:overlapping", call_timeout_s=1.5)
+        try:
+            blocks = asyncio.create_task(asked(replace(ANSWER, prompt="blocks")))
+            await asyncio.sleep(1)
+            return await asyncio.gather(asked(replace(ANSWER, prompt="a")), blocks, return_exceptions=True)
+        finally:
+            asked.close()
+
+    later, blocks = asyncio.run(scenario())
+    assert later.score == 1.0
+    assert str(blocks) == "took longer than call_timeout_s (1.5 s)"
+
+
+def test_first_calls_that_come_at_once_share_a_connection(graders):
+    async def scenario():
+        worker = Worker("process_graders:overlapping", takes="annotated", limit_s=30)
+        try:
+            return await asyncio.gather(*(worker.call([replace(ANSWER, prompt="x" * n)]) for n in range(1, 5)))
+        finally:
+            worker.kill()
+
+    assert asyncio.run(scenario()) == [[(float(n), {})] for n in range(1, 5)]
+
+
+def test_an_async_result_larger_than_the_sockets_buffer_arrives_whole(graders):
+    async def scenario():
+        worker = Worker("process_graders:many", takes="annotated", limit_s=30)
+        try:
+            return await worker.call([ANSWER] * 50_000)
+        finally:
+            worker.kill()
+
+    assert [score for score, _ in asyncio.run(scenario())] == list(range(50_000))
 
 
 @pytest.mark.parametrize("name", ["common", "learner"])

@@ -36,6 +36,10 @@ def by_prompt(answer: RewardInput) -> float:
     return float(len(answer.prompt))
 
 
+async def leave() -> None:
+    raise SystemExit(4)
+
+
 async def by_prompt_async(answer: RewardInput) -> float:
     running.append(1)
     peaks.append(len(running))
@@ -46,6 +50,8 @@ async def by_prompt_async(answer: RewardInput) -> float:
             let_go.wait(20)
         if answer.prompt == "exits":
             raise SystemExit(3)
+        if answer.prompt == "exits in a child":
+            await asyncio.gather(asyncio.sleep(0), leave())
         await asyncio.sleep(0.01)
     finally:
         running.pop()
@@ -158,6 +164,20 @@ def test_an_async_call_past_its_limit_costs_its_own_answer_only(module):
     while module.running:  # until its finally clause has run in the other thread
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_an_exit_in_a_task_of_an_async_function_costs_its_own_answer_only(module):
+    async def scenario():
+        asked = source("by_prompt_async", call_timeout_s=5)
+        prompts = ("a", "exits in a child", "bb")
+        together = await asyncio.gather(*(asked(replace(ANSWER, prompt=p)) for p in prompts), return_exceptions=True)
+        later = await asked(replace(ANSWER, prompt="later"))
+        asked.close()
+        return [*together, later]
+
+    first, exited, second, later = shown(asyncio.run(scenario()))
+    assert [first, second, later] == [1.0, 2.0, 5.0]
+    assert exited.startswith("raised SystemExit: 4 (test_function_source.py, line ")
 
 
 def test_a_blocking_async_call_does_not_block_later_calls(module, monkeypatch):
