@@ -38,6 +38,8 @@ def dialogue_ids(
     messages = as_messages(prompt, "user")
     if not isinstance(response, str) or not messages:
         messages += as_messages(response, "assistant")
+        if messages and isinstance(messages[-1].get("content"), str):  # as a text response, which is stripped below
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"].strip()}
     elif messages[-1]["role"] == "assistant":  # prompts.last_assistant = "continue": one message
         begun = messages.pop()
         messages.append({**begun, "content": (begun.get("content", "") + response).strip()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections import Counter
@@ -23,6 +24,7 @@ from common.errors import UserError
 Located = tuple[str, Record]  # the place of a record, for messages, and the record
 
 _ROWS_PER_BATCH = 1024
+_PYTHON_MESSAGES = re.compile(r"\[\s*\{\s*'(role|content)'\s*:")
 
 
 def json_lines(path: str) -> Iterator[Located]:
@@ -75,12 +77,17 @@ def csv_rows(path: str) -> Iterator[Located]:
                     f"{where}: {len(row)} cells, but the first line names {len(header)} columns; cells are separated "
                     'by commas, and a cell with a comma is written in quotes ("")'
                 )
-            yield where, {name: _csv_cell(where, cell) for name, cell in zip(header, row)}
+            yield where, {name: _csv_cell(where, name, cell) for name, cell in zip(header, row)}
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: not valid CSV ({error}); fix the row that starts there") from None
 
 
-def _csv_cell(where: str, cell: str) -> Any:
+def _csv_cell(where: str, name: str, cell: str) -> Any:
+    if _PYTHON_MESSAGES.match(cell):
+        raise UserError(
+            f"{where}: `{name}` has chat messages as Python prints them ({shown(cell)}); a cell must have them as JSON: "
+            "write it with json.dumps, or write the records as JSON lines"
+        )
     if not cell.startswith("[") or '"role"' not in cell:
         return cell
     try:

@@ -104,6 +104,17 @@ def test_a_tokenizer_without_special_tokens_has_no_padding(tokenizer):
 # Chat
 
 
+def test_a_response_is_stripped_whether_it_is_text_or_messages(tokenizer):
+    # The space would otherwise be in the text that the tokenizer gets.
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content | replace(' ', 'a29 ') }}")
+    expected = ids("ask a1 <end> b0 b1 <end>")
+    given = said("assistant", " b1 ")
+    assert chat(tokenizer, "a1", " b1 ") == chat(tokenizer, "a1", given) == expected
+    assert chat(tokenizer, said("user", "a1"), given) == expected
+    assert chat(tokenizer, "", " b1 ") == chat(tokenizer, "", given) == ids("b0 b1 <end>")
+    assert given == said("assistant", " b1 ")
+
+
 def test_chat_text_is_one_message_of_user_and_one_of_assistant(tokenizer):
     assert chat(tokenizer, "a1 a2", "b1") == ids("ask a1 a2 <end> b0 b1 <end>")
     assert chat(tokenizer, "", "b1") == ids("b0 b1 <end>")

@@ -202,6 +202,16 @@ def test_a_truncated_gzip_file_is_refused_where_it_ends(tmp_path):
         ("p.jsonl", b'{"a": ' + b"7" * 5000 + b"}", "p.jsonl, line 1: not usable JSON (ValueError: Exceeds the limit"),
         ("p.csv", b'a,b\n1,2\n"x\ny",2,3\n', "p.csv, line 3: 3 cells, but the first line names 2 columns"),
         ("p.csv", b'a,b\n1,2\n"x,2\n', "p.csv, line 3: not valid CSV (unexpected end of data)"),
+        (
+            "p.csv",
+            b"a,b\n1,\"[{'role': 'user', 'content': 'x'}]\"\n",
+            "p.csv, line 2: `b` has chat messages as Python prints them",
+        ),
+        (
+            "p.csv",
+            b"a,b\n1,\"[{'content': 'x', 'role': 'user'}]\"\n",
+            "a cell must have them as JSON: write it with json.dumps",
+        ),
         ("p.csv", b"a,a\n1,2\n", "p.csv: several columns are named 'a'; rename all but one"),
     ],
 )
