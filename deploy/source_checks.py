@@ -29,10 +29,16 @@ def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[Sc
 
 
 def try_sources(
-    service: SourcesConfig, sources: Iterable[RewardSource], record: PromptRecord, tokenizer: PreTrainedTokenizerBase
+    service: SourcesConfig,
+    sources: Iterable[RewardSource],
+    record: PromptRecord,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    episode: bool = False,
 ) -> None:
-    """Tries every source on the first prompt and a made-up response, without asking any service. Raises UserError for
-    a source that fails on every answer, and prints a warning for one that may fail on this answer alone."""
+    """Tries every source on the first prompt and a made-up response, without asking any service. `episode`: the run has
+    an environment, so the answer has a turn. Raises UserError for a source that fails on every answer, and prints a
+    warning for one that may fail on this answer alone."""
     response_ids = tokenizer(MADE_UP, add_special_tokens=False)["input_ids"]
     answer = RewardInput(
         prompt=record.text,
@@ -44,6 +50,7 @@ def try_sources(
         raw_response=MADE_UP,
         prompt_ids=record.token_ids.tolist(),
         response_ids=response_ids,
+        turns=({"text": MADE_UP, "observation": [], "reward": 0.0, "info": {}},) if episode else (),
     )
     for source in sources:
         if warning := kind_of(source).try_once(source, service, answer):

@@ -30,8 +30,8 @@ from actors.environments.chat_requests import ChatRequest, RefusedError, canonic
 from actors.environments.conversations import Answered, Conversations, new_messages
 from actors.environments.endpoint import EndpointServer
 from actors.environments.instance import CallsInThreads, CompleteError
-from actors.environments.steps import Continuation, LimitError, PolicyTurn, Restart
-from actors.environments.tool_formats import ToolFormats
+from actors.environments.steps import Continuation, LimitError, PolicyTurn, Restart, read_info
+from actors.environments.tool_formats import CallReader, ToolFormats
 from common.config.environment import EnvironmentConfig
 from common.daemon_threads import in_daemon_thread
 from common.environment import EpisodePrompt, Step
@@ -50,6 +50,7 @@ class _Asked:
 
     request: ChatRequest
     answer: Future[ChatAnswer]
+    reader: CallReader | None = None  # of the calls in the answer, if the request has tools
 
 
 class AgentEnvironment(CallsInThreads):
@@ -62,6 +63,7 @@ class AgentEnvironment(CallsInThreads):
         "step": "the agent, until its next request,",
         "refuse_step": "the agent, after a request was refused,",
     }
+    gave = "the agent sent"  # what messages say about messages that the model cannot get, in place of "step returned"
 
     def __init__(
         self, agent: Callable[..., Any], server: EndpointServer, formats: ToolFormats, cfg: EnvironmentConfig
@@ -109,7 +111,7 @@ class AgentEnvironment(CallsInThreads):
         """Answers the open request, and waits for the next one or for the end of the agent."""
         assert self._asked is not None
         asked, self._asked = self._asked, None
-        answer = self._answer(asked.request, turn)
+        answer = self._answer(asked, turn)
         self._num_answers += 1
         message = canonical_message(answer.message)
         self._conversations.add(Answered(asked.request, message, turn.context_ids))
@@ -185,11 +187,11 @@ class AgentEnvironment(CallsInThreads):
             if asked.answer.cancelled():  # its client went away
                 continue
             try:
-                await self._formats.prepare(asked.request.tools)
+                reader = await self._formats.prepare(asked.request.tools)
             except UserError as error:
                 _refuse(asked.answer, RefusedError(str(error), param="tools"))
                 continue
-            return asked
+            return replace(asked, reader=reader)
         return None
 
     def _refuse(self, error: RefusedError) -> None:
@@ -221,7 +223,7 @@ class AgentEnvironment(CallsInThreads):
             return Continuation(said, options)
         return Restart(said, ends=True, token_ids=before.token_ids.tolist(), options=options)
 
-    def _answer(self, request: ChatRequest, turn: PolicyTurn) -> ChatAnswer:
+    def _answer(self, asked: _Asked, turn: PolicyTurn) -> ChatAnswer:
         answer = ChatAnswer(
             id=f"chatcmpl-{self._num_answers}",
             content=turn.text,
@@ -229,9 +231,9 @@ class AgentEnvironment(CallsInThreads):
             prompt_tokens=len(turn.context_ids) - turn.num_sampled,
             completion_tokens=turn.num_sampled,
         )
-        if not request.tools:
+        if asked.reader is None:
             return answer
-        parsed = self._formats.read(request.tools, turn.marked_text)
+        parsed = self._formats.read(asked.reader, turn.marked_text)
         if not parsed.calls:
             return answer
         # Some templates print the id, so it must not be random. Mistral's want 9 letters or digits.
@@ -281,6 +283,10 @@ class AgentEnvironment(CallsInThreads):
             raise CompleteError(
                 f"the agent returned the score {number:g}; it must be finite and fit float32", permanent=False
             )
+        try:
+            read_info("the agent returned", info)
+        except UserCodeError as error:
+            raise CompleteError(**vars(error)) from None
         return Step(None, number, terminated=True, info=info)
 
 

@@ -127,7 +127,7 @@ class Environments:
         """The prompt that `reset` asked for. An object with `refuse_prompt` is asked again if it is too long."""
         while True:
             try:
-                return self._transcript.replaced(prompt, said)
+                return self._transcript.replaced(prompt, said, instance.gave("reset"))
             except LimitError as error:
                 if not instance.has("refuse_prompt"):
                     raise UserCodeError(
@@ -179,7 +179,8 @@ class Environments:
         while True:
             step = read_step(answer, chat=self._transcript.chat)
             seconds = time.perf_counter() - started
-            extend = partial(self._transcript.extended, rollout, step, seconds, special_tokens=special_tokens)
+            options: Any = {"special_tokens": special_tokens, "gave": instance.gave("step")}
+            extend = partial(self._transcript.extended, rollout, step, seconds, **options)
             try:
                 return extend(over=limit if step.terminated else None)
             except LimitError as error:
@@ -204,12 +205,12 @@ class Environments:
         """A failure of `close` changes nothing about the episode. Each kind of failure is reported once."""
         self._num_closing += 1
         try:
-            fault = await instance.close(self._close_s, loop_blocked=loop_blocked)
+            error = await instance.close(self._close_s, loop_blocked=loop_blocked)
         finally:
             self._num_closing -= 1
-        if fault and fault not in self._warned:
-            self._warned.add(fault)
-            print(f"warning: environment {self._cfg.name}: {one_line(fault)}", file=sys.stderr)
+        if error is not None and error.fault not in self._warned:
+            self._warned.add(error.fault)
+            print(f"warning: environment {self._cfg.name}: {one_line(error.reason)}", file=sys.stderr)
         if instance.stuck and instance.is_running:
             self._stuck = [other for other in self._stuck if other.is_running] + [instance]
             if len(self._stuck) >= MAX_STUCK and not self._checks_stuck:

@@ -97,6 +97,11 @@ class Instance:
         """True if `step` must get a PolicyTurn in place of a message."""
         return bool(getattr(self._object, "needs_turn", False))
 
+    def gave(self, method: str) -> str:
+        """What messages say about something that the method returned: "step returned", or an object's own words."""
+        own = getattr(self._object, "gave", None) if self.needs_turn else None
+        return own or f"{method} returned"
+
     async def call(self, method: str, *args: Any, deadline: Deadline) -> Any:
         """The result of the method. Raises UserCodeError, also after the deadline."""
         names = getattr(self._object, "names", {}) if self.needs_turn else {}
@@ -154,9 +159,9 @@ class Instance:
         own = self._thread is not None and self._thread.is_alive()
         return own or not all(call.done() for call in self._calls_in_threads)
 
-    async def close(self, limit_s: float, *, loop_blocked: bool = False) -> str:
+    async def close(self, limit_s: float, *, loop_blocked: bool = False) -> UserCodeError | None:
         """Closes the object, if it has not been closed. Cancels a call that still runs. If it cannot be cancelled, the
-        object's `close` runs in another thread. Returns what went wrong, or ""."""
+        object's `close` runs in another thread. Returns what went wrong, if anything."""
         with self._closing:
             self._closed, made, self._object = True, self._object, None
         if isinstance(made, CallsInThreads):
@@ -172,11 +177,11 @@ class Instance:
                 else:
                     await self._run("close", close, (), deadline)
         except UserCodeError as error:
-            return error.reason
+            return error
         finally:
             if self._thread is not None:
                 self._thread.leave()
-        return ""
+        return None
 
 
 def _close_here(made: Any) -> None:

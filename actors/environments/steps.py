@@ -97,7 +97,7 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
             _reward(step.reward),
             _flag("terminated", step.terminated),
             _flag("truncated", step.truncated),
-            _info(step.info),
+            read_info("step returned", step.info),
             observation if isinstance(observation, Restart) else None,
             observation.options if internal else {},
         )
@@ -169,13 +169,12 @@ def _flag(name: str, value: Any) -> bool:
     return flag
 
 
-def _info(value: Any) -> str:
+def read_info(gave: str, value: Any) -> str:
+    """An info as JSON. Raises UserCodeError whose text begins with `gave`, such as "step returned"."""
     if value is not None and not isinstance(value, Mapping):
-        raise UserCodeError(f"step returned the info {kind_of_value(value)}; it must be a dict")
+        raise UserCodeError(f"{gave} the info {kind_of_value(value)}; it must be a dict")
+    what = f"{gave} an info that is not JSON"
     try:
-        return json.dumps(json_values("step returned an info that is not JSON", value or {}), allow_nan=False)
+        return json.dumps(json_values(what, value or {}), allow_nan=False)
     except (UserError, ValueError) as error:
-        raise UserCodeError(
-            str(error) if isinstance(error, UserError) else f"step returned an info that is not JSON: {error}",
-            fault="step returned an info that is not JSON",
-        ) from None
+        raise UserCodeError(str(error) if isinstance(error, UserError) else f"{what}: {error}", fault=what) from None

@@ -23,8 +23,11 @@ class CallReader(Protocol):
         """The calls in a turn's text, special tokens included."""
 
 
+MAX_READERS = 64  # of the newest lists of tools. An agent may make another list in every episode
+
+
 class ToolFormats:
-    """A reader for every list of tools that a request has had. Agents of a replica share it."""
+    """Readers for the lists of tools that requests have. Agents of a replica share it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, make: Callable[[Tools], CallReader]) -> None:
         """`make` makes a reader. It raises UserError if the model's chat template cannot show the tools, or if the
@@ -36,31 +39,32 @@ class ToolFormats:
             (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
         )
 
-    async def prepare(self, tools: Tools) -> None:
-        """Makes the reader of these tools, if there is none yet. Raises UserError if they cannot be used. Takes
-        seconds for the first tools, in another thread."""
+    async def prepare(self, tools: Tools) -> CallReader | None:
+        """The reader of these tools; None without tools. Keep it until the answer is read, because it may be dropped
+        here before. Raises UserError if the tools cannot be used. Takes seconds for the first tools, in another
+        thread."""
         if not tools:
-            return
+            return None
+        key = json.dumps(list(tools), sort_keys=True)
         self._lock = self._lock or asyncio.Lock()
         async with self._lock:
-            if (key := _key(tools)) not in self._readers:
+            found = self._readers.pop(key, None)
+            if found is None:
                 try:
-                    self._readers[key] = await answer(in_daemon_thread(self._make, tools))
+                    found = await answer(in_daemon_thread(self._make, tools))
                 except UserError as error:
-                    self._readers[key] = error
-        if isinstance(found := self._readers[key], UserError):
-            raise found
+                    found = error
+            self._readers[key] = found  # the newest is the last one
+            if len(self._readers) > MAX_READERS:
+                del self._readers[next(iter(self._readers))]
+        if isinstance(found, UserError):
+            raise UserError(str(found))
+        return found
 
-    def read(self, tools: Tools, text: str) -> ParsedTurn:
+    def read(self, reader: CallReader, text: str) -> ParsedTurn:
         """The calls in a turn's text, which has special tokens; `content` has none."""
-        reader = self._readers[_key(tools)]
-        assert not isinstance(reader, UserError)
         parsed = reader.read(text)
         content = parsed.content
         for token in self._special:
             content = content.replace(token, "")
         return ParsedTurn(parsed.calls, parsed.error, content)
-
-
-def _key(tools: Tools) -> str:
-    return json.dumps(list(tools), sort_keys=True)

@@ -46,8 +46,9 @@ class Transcript:
         self._end_tokens = frozenset([*end_tokens, tokenizer.eos_token_id])
         self._rendering = make_rendering(tokenizer, chat=self.chat, end_tokens=end_tokens, **options)
 
-    def replaced(self, prompt: Prompt, said: Any) -> Prompt:
-        """The prompt that `reset` asked for. Raises UserCodeError, and LimitError if it is too long."""
+    def replaced(self, prompt: Prompt, said: Any, gave: str = "reset returned") -> Prompt:
+        """The prompt that `reset` asked for. `gave` begins messages about it. Raises UserCodeError, and LimitError if
+        it is too long."""
         options = said.options if isinstance(said, Restart) else {}
         with reading("reset"):
             messages = read_observation("reset", said.messages if isinstance(said, Restart) else said, chat=self.chat)
@@ -56,7 +57,7 @@ class Transcript:
         content = messages if self.chat else messages[0]["content"]
         try:
             record = prompt_record(
-                "reset returned a prompt that cannot be used",
+                f"{gave} a prompt that cannot be used",
                 {self._prompts.columns.prompt: content},
                 self._prompts,
                 self._tokenizer,
@@ -100,17 +101,19 @@ class Transcript:
         *,
         special_tokens: bool = False,
         over: str | None = None,
+        gave: str = "step returned",
     ) -> Rollout:
         """The rollout after a step. What the environment says is added only if the policy continues after it.
-        `special_tokens`: see `newest_turn`. `over`: why the episode ends, if it is known already. Raises UserCodeError
-        for messages that cannot be rendered, and LimitError if the policy has no room to continue."""
+        `special_tokens`: see `newest_turn`. `over`: why the episode ends, if it is known already. `gave` begins
+        messages about what cannot be rendered. Raises UserCodeError for that, and LimitError if the policy has no room
+        to continue."""
         end, restart = len(rollout.response_ids), step.restart
         said: list[int] = []
         over = over or ("terminated" if step.terminated else "truncated" if step.truncated else None)
         if over is None:
             if len(rollout.turns) + 1 >= self._cfg.max_turns:
                 raise LimitError("max_turns")
-            said = self._rendered(step, rollout, special_tokens)
+            said = self._rendered(step, rollout, special_tokens, gave)
             if len(said) > (room := self._cfg.max_tokens - end - 1):
                 raise LimitError("max_tokens", len(said), max(0, room))
         turn = Turn(
@@ -133,7 +136,7 @@ class Transcript:
             cached_tokens=0,
         )
 
-    def _rendered(self, step: CheckedStep, rollout: Rollout, special_tokens: bool) -> list[int]:
+    def _rendered(self, step: CheckedStep, rollout: Rollout, special_tokens: bool, gave: str) -> list[int]:
         """The tokens of the environment, of which there is at least one if they are a new context."""
         try:
             if step.restart is not None:
@@ -147,15 +150,15 @@ class Transcript:
                     step.messages, int(wrote[-1]) if len(wrote) else None, **step.options
                 )
             if not ids and (step.restart is not None or self._turn_is_sequence):
-                raise UserError("step returned a conversation without any token; return at least one message")
+                raise UserError(f"{gave} a conversation without any token; it must have at least one message")
             if ids:
                 check_embedded(
-                    "step returned an observation that the model cannot read", ids, self._tokenizer, self._vocabulary
+                    f"{gave} an observation that the model cannot read", ids, self._tokenizer, self._vocabulary
                 )
         except UserError as error:
             raise UserCodeError(str(error)) from None
         except Exception as error:
-            what = "the chat template refuses what step returned" if self.chat else "step returned an unusable text"
+            what = f"the chat template refuses what {gave}" if self.chat else f"{gave} an unusable text"
             kind = "template" if self.chat else "wrong_answer"
             raise UserCodeError(f"{what}: {error_text(error)}", fault=what, kind=kind) from error
         return ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,7 @@ class ToolCallReader:
         except KeyError:
             known = ", ".join(ToolParserManager.list_registered())
             raise UserError(f'{_SETTING} ("{parser}") is unknown to vLLM; it has {known}') from None
-        # The plain tokenizer makes a dictionary of its whole vocabulary whenever a parser asks for it.
-        self._tokenizer = get_cached_tokenizer(tokenizer)
+        self._tokenizer = _with_vocabulary(tokenizer)
         self._request = ChatCompletionRequest(messages=[], model="", tools=[dict(schema) for schema in schemas])
         try:
             self.read("")
@@ -52,6 +52,13 @@ class ToolCallReader:
         calls = [ToolCall(call.function.name, call.function.arguments) for call in found.tool_calls]
         content = (found.content or "") if calls else ""
         return ParsedTurn(calls, "" if calls or not failures else failures[0], content)
+
+
+@lru_cache(maxsize=1)  # a process has one policy, but may have many readers
+def _with_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer with a stored dictionary of its vocabulary. The plain one makes this dictionary whenever a parser
+    asks for it."""
+    return get_cached_tokenizer(tokenizer)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,4 +67,7 @@ def test_sources_are_tried_on_the_first_prompt_and_warnings_printed(asked, tmp_p
     answer = RewardInput("ask a3", MADE_UP, len(ids), "stop", {"k": 1}, MESSAGES, MADE_UP, [3, 4], ids)
     assert asked == [("try_once", "a", service, answer)]
     assert len(ids) > 0
-    assert capfd.readouterr().err == "ratchet: warning: it is slow\n"
+    try_sources(service, [ProbeConfig(name="a")], RECORD, tokenizer, episode=True)
+    turn = {"text": MADE_UP, "observation": [], "reward": 0.0, "info": {}}
+    assert asked[1:] == [("try_once", "a", service, replace(answer, turns=(turn,)))]
+    assert capfd.readouterr().err == 2 * "ratchet: warning: it is slow\n"

@@ -165,7 +165,7 @@ class Doing(Counting):
     async def close(self):
         await super().close()
         if self.prompt.fields.get("close") == "fails":
-            raise RuntimeError("no close")
+            raise RuntimeError(f"no close {self.prompt.seed}")
         if self.prompt.fields.get("close") == "slow":
             await asyncio.sleep(1000)
 

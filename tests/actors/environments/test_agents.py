@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from actors.environments.environments import Environments
-from actors.environments.tool_formats import ToolFormats
+from actors.environments.tool_formats import MAX_READERS, ToolFormats
 from actors.environments.tools import ParsedTurn, ToolCall
 from common.config.actors import PromptFormat, SamplingConfig
 from common.config.environment import EnvironmentConfig
@@ -301,8 +301,8 @@ class MadeReader:
 )
 @pytest.mark.parametrize("sequence", ["episode", "turn"])
 def test_no_arguments_of_the_model_void_an_episode(hosts, sequence, arguments, monkeypatch):
-    monkeypatch.setattr(ToolFormats, "read", lambda self, tools, text: MadeReader(arguments).read(text))
-    monkeypatch.setattr(ToolFormats, "prepare", lambda self, tools: asyncio.sleep(0))
+    monkeypatch.setattr(ToolFormats, "read", lambda self, reader, text: reader.read(text))
+    monkeypatch.setattr(ToolFormats, "prepare", lambda self, tools: asyncio.sleep(0, MadeReader(arguments)))
     host = hosts("calling", sequence=sequence, max_tokens=100_000)
     rollout, contexts = episode(host, model=said("call", "No."))
     assert score_of(rollout) == [0.0, 1.0]
@@ -483,6 +483,7 @@ def test_the_score_is_the_reward_of_the_last_turn(hosts, score, info):
         ({"reward": 1.0}, "the agent returned the key 'reward'; return the score"),
         ({"info": {}}, "the agent returned the score None; return the score"),
         (1e300, "the agent returned the score 1e+300; it must be finite and fit float32"),
+        ({"score": 1, "info": [1]}, "the agent returned the info a list; it must be a dict"),
     ],
 )
 def test_a_score_that_is_none_voids_the_episode(hosts, score, reason):
@@ -498,6 +499,46 @@ def test_a_plain_function_and_a_callable_object_are_agents_too(hosts):
 
 
 # Failures
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ([["One.", "No."]], "the agent sent a prompt that cannot be used"),
+        ([["One."], ["Two.", "No."]], "the chat template refuses what the agent sent"),
+    ],
+)
+def test_messages_that_the_template_refuses_are_called_the_agents(hosts, asked, reason):
+    refuse = "{% for message in messages %}{% if message.content == 'No.' %}{{ raise_exception('no') }}{% endif %}"
+    host = hosts("asks", tokenizer=with_template(refuse + "{% endfor %}" + CHATML))
+    void, _ = episode(host, make_prompt(ask=asked))
+    assert void.reason.startswith(f"environment {MODULE}:asks: {reason}: ")
+
+
+def test_a_reader_is_made_once_for_each_of_the_newest_lists_of_tools():
+    made = []
+
+    def make(tools):
+        made.append(tools[0]["number"])
+        if made[-1] == 1:
+            raise UserError("no such tools")
+        return f"reader {made[-1]}"
+
+    async def prepare(numbers):
+        formats, found = ToolFormats(TOKENIZER, make), []
+        for number in numbers:
+            try:
+                found.append(await formats.prepare([{"number": number}]))
+            except UserError as error:
+                found.append(str(error))
+        return found, await formats.prepare([]), len(formats._readers)
+
+    lists = [*range(MAX_READERS), 0, MAX_READERS, 0, 1]  # the new one drops 1, which was used least recently
+    found, none, kept = run(prepare(lists))
+    assert found == ["no such tools" if number == 1 else f"reader {number}" for number in lists]
+    assert made == [*range(MAX_READERS), MAX_READERS, 1]
+    assert none is None
+    assert kept == MAX_READERS
 
 
 @pytest.mark.parametrize(

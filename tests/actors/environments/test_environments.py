@@ -440,7 +440,7 @@ def test_a_failure_of_close_changes_nothing(capsys):
     assert [rollout.finish_reason for rollout, _, _ in results] == ["truncated"] * 3
     assert games.closed == {"Doing": 3}
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2  # the same failure once
+    assert len(warnings) == 2  # the same failure once, although its text differs
     assert "close raised RuntimeError: no close" in warnings[0]
     assert "close took longer than its limit (1 s)" in warnings[1]
 

@@ -54,6 +54,10 @@ def reader(tokenizer):
     return lambda parser: ToolCallReader(parser, tokenizer, [SCHEMA])
 
 
+def test_readers_of_one_model_share_its_vocabulary(reader):
+    assert reader("hermes")._tokenizer is reader("pythonic")._tokenizer
+
+
 @pytest.mark.parametrize("parser", FORMATS)
 def test_two_calls_are_found_in_the_format_of(reader, parser):
     calls = reader(parser).read(FORMATS[parser]).calls
