@@ -52,7 +52,7 @@ class Step(NamedTuple):
     reward: float = 0.0  # of this turn; the sum over all turns is the raw score of a source with `environment = true`
     terminated: bool = False  # the episode is over, because the task is solved or lost
     truncated: bool = False  # the episode is cut off, for another reason
-    info: Mapping[str, Any] = {}  # any value of JSON; the journal keeps it, the model does not see it
+    info: Mapping[str, Any] = {}  # a dict of JSON values; the journal keeps it, the model does not see it
 
 
 @dataclass(frozen=True)

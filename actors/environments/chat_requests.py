@@ -20,7 +20,7 @@ MODEL = "policy"  # the name of the model in requests
 # Settings that change nothing about an answer.
 _WITHOUT_EFFECT = (
     *("user", "metadata", "store", "stream_options", "service_tier", "prompt_cache_key", "safety_identifier"),
-    *("prompt_cache_retention", "verbosity"),
+    "prompt_cache_retention",
 )
 _READ = ("model", "messages", "tools", "stream")
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
@@ -83,6 +83,7 @@ class RequestReader:
             "tool_choice": ("auto",),
             "parallel_tool_calls": (True,),
             "modalities": (["text"],),
+            "verbosity": ("medium",),
         }
 
     def read(self, body: bytes) -> ChatRequest:

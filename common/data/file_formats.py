@@ -85,8 +85,8 @@ def csv_rows(path: str) -> Iterator[Located]:
 def _csv_cell(where: str, name: str, cell: str) -> Any:
     if _PYTHON_MESSAGES.match(cell):
         raise UserError(
-            f"{where}: `{name}` has chat messages as Python prints them ({shown(cell)}); a cell must have them as JSON: "
-            "write it with json.dumps, or write the records as JSON lines"
+            f"{where}: `{name}` has chat messages as Python prints them ({shown(cell)}); a cell must have them as "
+            "JSON: write it with json.dumps, or write the records as JSON lines"
         )
     if not cell.startswith("[") or '"role"' not in cell:
         return cell

@@ -95,7 +95,8 @@ def _figures(returned: dict[Any, Any]) -> Iterator[tuple[str, float]]:
             continue
         if not isinstance(key, str) or not _NAME.fullmatch(key):
             raise UserCodeError(
-                f"returned a dict with the key {str(key)[:80]!r}; a figure's name has letters, digits, _ and - only"
+                f"returned a dict with the key {str(key)[:80]!r}; a figure's name begins with a letter and has at most "
+                "64 letters, digits, _ and -"
             )
         figure = float(value) if isinstance(value, bool) else as_number(value)
         if figure is None:

@@ -77,9 +77,7 @@ class RewardProgress(Screen):
     def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale | None, *, seconds: float) -> None:
         self.bars.close()
         if evaluations:
-            table = Table(
-                title="calibration: predicted probability of the human's choice, and the share that came true"
-            )
+            table = Table(title="calibration: probability of the predicted winner, and how often the human agreed")
             for heading in ("predicted", "pairs", "mean", "right", "95 % interval"):
                 table.add_column(heading, justify="right")
             for part in evaluations[-1].bins:
@@ -103,7 +101,8 @@ class RewardProgress(Screen):
 
 
 def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
-    """Draws predicted probability against the share that came true, with 95 % intervals and numbers of pairs."""
+    """Draws the probability of the predicted winner against the share of pairs in which the human agreed, with 95 %
+    intervals and numbers of pairs."""
     predicted = [part.predicted for part in evaluation.bins]
     right = [part.right for part in evaluation.bins]
     below = [part.right - part.interval[0] for part in evaluation.bins]
@@ -117,7 +116,7 @@ def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
         for part in evaluation.bins:
             axes.annotate(f"{part.pairs}", (part.predicted, part.right), textcoords="offset points", xytext=(6, -12))
         axes.set(
-            xlabel="predicted probability of the preferred response",
+            xlabel="probability of the predicted winner",
             ylabel="share of pairs in which the human agreed",
             title=f"accuracy {evaluation.accuracy:.1%} ({low:.1%} - {high:.1%}), {evaluation.pairs} held-out pairs",
             xlim=(0.48, 1.02),

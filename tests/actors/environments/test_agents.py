@@ -358,6 +358,7 @@ REFUSALS = [
     ({"stop": ["\n"]}, "stop", "must be sampling.stop of the run (['END']), which samples every answer; leave it out"),
     ({"temperature": 0.2}, "temperature", "temperature (0.2) must be sampling.temperature of the run (0.7), which"),
     ({"top_p": 0.5}, "top_p", "top_p (0.5) must be sampling.top_p of the run (1.0)"),
+    ({"verbosity": "low"}, "verbosity", "verbosity ('low') is not supported by this endpoint, which has only 'medium'"),
     ({"seed": 3}, "seed", "seed (3) is not supported by this endpoint; leave it out"),
     ({"max_tokens": 5}, "max_tokens", "max_tokens (5) must not be below sampling.max_new_tokens (64) of the run"),
     ({"tool_choice": "required", "tools": agents.TOOLS}, "tool_choice", "tool_choice ('required') is not supported"),

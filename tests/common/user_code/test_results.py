@@ -81,7 +81,7 @@ def test_a_dict_gives_a_score_and_figures():
 def test_a_figure_must_have_a_name_that_a_metric_can_have(key):
     found = read_result({"score": 1.0, key: 1.0})
     assert isinstance(found, UserCodeError)
-    assert "a figure's name has letters, digits, _ and - only" in found.reason
+    assert "a figure's name begins with a letter and has at most 64 letters, digits, _ and -" in found.reason
 
 
 def test_the_number_of_figures_is_bounded():
