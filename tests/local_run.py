@@ -53,10 +53,10 @@ class Host(LocalHost):
     def __init__(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> None:
         super().__init__(role, *args, **kwargs)
 
-    def kill(self, handle: LocalHandle) -> Future[None]:
+    def kill(self, handle: LocalHandle, *, close: bool) -> Future[None]:
         if handle.role is not None and not handle.dead and hasattr(handle.role, "close"):
             handle.role.close()
-        return super().kill(handle)
+        return super().kill(handle, close=close)
 
 
 def make_engine(path: str, cfg: Any, sampling: Any, length: int, end_tokens: list[int], *_: Any) -> VLLMEngine:

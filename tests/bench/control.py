@@ -111,7 +111,7 @@ class InstantHost(LocalHost):
         self.handles.append(handle)
         return handle
 
-    def kill(self, handle: Any) -> Future[None]:
+    def kill(self, handle: Any, *, close: bool) -> Future[None]:
         killed: Future[None] = Future()
         killed.set_result(None)
         return killed
