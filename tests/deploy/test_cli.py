@@ -75,7 +75,7 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def import_here(service, sources, record, tokenizer):
+def import_here(service, sources, record, tokenizer, *, episode):
     for source in sources:
         if isinstance(source, FunctionSourceConfig):
             load_function(source.function, f"reward source {source.name}")

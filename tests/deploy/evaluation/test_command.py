@@ -118,7 +118,7 @@ def roles(monkeypatch):
         yield [Node("n", 8, 0, 1 << 40)]
 
     monkeypatch.setattr(deploy.session, "cluster", cluster)
-    monkeypatch.setattr(deploy.session, "try_sources", lambda *arguments: None)
+    monkeypatch.setattr(deploy.session, "try_sources", lambda *arguments, **options: None)
     monkeypatch.setattr(command, "Starter", Starter)
     monkeypatch.setattr(command, "write_plots", lambda record, directory: [directory / "plot.png"])  # takes a second
     monkeypatch.setattr(command, "RewardPool", lambda pool, keep: pool)

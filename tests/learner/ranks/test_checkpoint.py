@@ -103,7 +103,7 @@ def poisoned_tables() -> dict[str, pa.Table]:
     scores, logprobs = table["score"].to_pylist(), table["ref_logprobs"].to_pylist()
     scores[0], logprobs[-1][0] = math.inf, math.nan
     return {
-        "a total score": table.set_column(*column(table, "score", scores)),
+        "a total score, as float32,": table.set_column(*column(table, "score", scores)),
         "the loss": table.set_column(*column(table, "ref_logprobs", logprobs)),
     }
 
@@ -217,7 +217,7 @@ def shares(directory: Path, kind: str) -> dict[str, list[tuple[list[int], list[i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["a total score", "the loss"])
+@pytest.mark.parametrize("what", ["a total score, as float32,", "the loss"])
 def test_every_rank_refuses_a_poison_batch_and_can_be_restored(runs, kind, what):
     assert_same(runs[1][kind, "two-two"]["after poison"][what], runs[1][kind, "two"]["at"])
 
