@@ -48,9 +48,10 @@ def check_replaces(path: Path, beginning: str, command: str, *, otherwise: str) 
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces the file with a value as indented JSON, like `write_whole`."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, *, durably: bool = False) -> None:
+    """Replaces the file with a value as indented JSON, like `write_whole` or `write_durably`."""
+    write = write_durably if durably else write_whole
+    write(path, json.dumps(value, indent=2) + "\n")
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class Instance:
         return bool(getattr(self._object, "needs_turn", False))
 
     def gave(self, method: str) -> str:
-        """What messages say about something that the method returned: "step returned", or an object's own words."""
+        """How messages begin that name what the method returned: "step returned", or the object's own words."""
         own = getattr(self._object, "gave", None) if self.needs_turn else None
         return own or f"{method} returned"
 

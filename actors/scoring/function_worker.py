@@ -86,7 +86,7 @@ def send(connection, message):
 
 
 def frame(message):
-    """A message as it is sent: its length, then its pickle."""
+    """The bytes of a message: the length of its pickle, then the pickle."""
     data = pickle.dumps(message)
     return HEADER.pack(len(data)) + data
 

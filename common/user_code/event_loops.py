@@ -12,5 +12,5 @@ def run_until(is_closed: Callable[[], bool], loop: asyncio.AbstractEventLoop) ->
     while not is_closed():
         try:
             loop.run_forever()
-        except BaseException:
+        except BaseException:  # of a task's code; the caller of the task gets it too
             continue

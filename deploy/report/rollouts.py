@@ -169,16 +169,16 @@ class Rollouts:
                 tokens = ids.row(i) if ids else None
                 if tokens is None:
                     continue
-                text = (step.table["prompt"][i].as_py() or "")[:LONGEST_TEXT]
-                if (number := self._rows[row]["shared"]) is not None:
-                    self._prompts[number] = text
                 episode = turns_of(turns[i], len(tokens))
                 numbers = {name: packed(column.row(i), episode.sampled) for name, column in columns.items()}
                 details[row] = {"tokens": pieces.of(tokens.tolist())} | {
                     name: found for name, found in numbers.items() if found is not None
                 }
-                if number is None:
+                text = (step.table["prompt"][i].as_py() or "")[:LONGEST_TEXT]
+                if (number := self._rows[row]["shared"]) is None:
                     details[row]["prompt"] = text
+                else:
+                    self._prompts[number] = text
                 if episode.count:
                     details[row] |= episode.detail()
         return details, {"pieces": pieces.texts}

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.files import write_durably
+from common.files import write_json
 from common.user_code.import_path import users_directories
 from deploy.run.provenance import start_record
 
@@ -49,4 +49,4 @@ def remember_journal(directory: Path, digest: str) -> None:
 def _write(directory: Path, record: dict[str, Any]) -> None:
     if record.get("directory") is not None:
         record.setdefault("import_from", list(users_directories()))
-    write_durably(directory / RECORD, json.dumps({_MARK: 1, **record}, indent=2) + "\n")
+    write_json(directory / RECORD, {_MARK: 1, **record}, durably=True)

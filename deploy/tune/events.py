@@ -64,6 +64,7 @@ class Events:
         self.hours: float | None = None  # the hours given to the newest start of the command
         self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
         self._started_here = False
+        self.failed_in_a_row: list[str] = []  # runs that failed for the first time since the newest evaluation or start
         for record in read_records(path):
             if not (_is_event(record) and (self._starts or record["event"] == "start")):
                 line = shorten(json.dumps(record), _SHOWN, placeholder="...")
@@ -119,6 +120,7 @@ class Events:
         kind, now = record["event"], float(record["time"])
         if kind == "start":
             self._starts.append([now, now])
+            self.failed_in_a_row.clear()
             self.hours = record["hours"]
             return
         self._starts[-1][1] = now
@@ -126,6 +128,7 @@ class Events:
         if kind == "result" and record["step"] not in state.results:
             state.results[record["step"]] = record["value"]
             self._order.append((name, record["step"], record["value"]))
+            self.failed_in_a_row.clear()
         elif kind == "stop":
             state.outcome, state.why = record["outcome"], record["why"]
         elif kind == "again":
@@ -134,6 +137,7 @@ class Events:
             state.seconds += record["seconds"]
             if record["outcome"] == CUT and record["why"]:
                 state.failures, state.why = state.failures + 1, record["why"]
+                self.failed_in_a_row.append(name)
             elif record["outcome"] in (COMPLETE, FAILED):
                 state.outcome, state.why = record["outcome"], record["why"]
 

@@ -47,8 +47,6 @@ class Search(Runs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._running: set[str] = set()
-        self._in_a_row: list[str] = []  # runs that have failed since the newest evaluation
-        self._num_results = 0  # evaluations when the newest of them failed
 
     async def run(self) -> None:
         """Runs all missing trials and repeats that fit into the time."""
@@ -137,17 +135,13 @@ class Search(Runs):
             return
         why = f"exit code {code}: {process.error_message()}"
         self.events.end(job.name, FAILED if state.failures else CUT, seconds, why)
-        if state.outcome == FAILED:
-            return
-        if self._num_results != (num_results := len(list(self.events.results()))):
-            self._num_results, self._in_a_row = num_results, []
-        self._in_a_row.append(job.name)
-        if len(self._in_a_row) >= min(FAILED_IN_A_ROW, len(self.trials)):
+        if state.outcome != FAILED and len(self.events.failed_in_a_row) >= min(FAILED_IN_A_ROW, len(self.trials)):
             raise UserError(self._failed_in_a_row(job, process, why))
 
     def _failed_in_a_row(self, last: Job, process: TrialProcess, why: str) -> str:
-        names = ", ".join(name.lstrip("0") for name in self._in_a_row)
-        failed = f"{len(self._in_a_row)} run(s) in a row have failed without an evaluation in between (trial {names})"
+        in_a_row = self.events.failed_in_a_row
+        names = ", ".join(name.lstrip("0") for name in in_a_row)
+        failed = f"{len(in_a_row)} run(s) in a row have failed without an evaluation in between (trial {names})"
         return (
             f"{failed}; trial {last.name.lstrip('0')} ended with {why} (all of its output is in {process.log}). If "
             "values of the trials are the cause, leave these out and begin again with --force; if not, remove the "

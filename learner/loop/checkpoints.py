@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from common.errors import UserError
-from common.files import sha256, sync, write_durably
+from common.files import sha256, sync, write_json
 from learner.loop.chain import JournalError
 from learner.loop.journal import Journal
 from learner.loop.notes import identity
@@ -112,16 +112,17 @@ class Checkpoints:
         for step in self._written():
             if step not in kept:
                 (self.path(step) / COMPLETE).unlink(missing_ok=True)  # first: what is left after a crash must not count
-                # What cannot be removed now, such as a file that another program has open on NFS, is removed next time.
+                # Another program may have a file open on NFS. Then the next call removes the rest.
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
     def usable_steps(self) -> list[int]:
         """The steps of the complete checkpoints that training can continue from, in order."""
-        found = []
-        for step in self.steps():
-            with suppress(CheckpointError):
-                found += [step] * self.can_continue(step)
-        return found
+        return [step for step in self.steps() if self._is_usable(step)]
+
+    def _is_usable(self, step: int) -> bool:
+        with suppress(CheckpointError):
+            return self.can_continue(step)
+        return False
 
     def can_continue(self, step: int) -> bool:
         """False if the optimizer's state was dropped. Raises CheckpointError."""
@@ -164,7 +165,7 @@ _DIFFERENT = {
 
 def write_marker(directory: Path, marker: Mapping[str, Any]) -> None:
     """Writes the marker of a checkpoint, without its schema. From now on the checkpoint counts."""
-    write_durably(directory / COMPLETE, json.dumps({"schema": SCHEMA_VERSION, **marker}, indent=2) + "\n")
+    write_json(directory / COMPLETE, {"schema": SCHEMA_VERSION, **marker}, durably=True)
 
 
 def read_marker(directory: Path) -> dict[str, Any]:

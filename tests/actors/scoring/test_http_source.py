@@ -346,14 +346,20 @@ def test_an_address_that_refuses_for_good_is_left_for_another():
     assert asyncio.run(scenario())
 
 
-def test_retry_after_lengthens_the_pause_up_to_a_limit(monkeypatch):
-    pauses, real = [], asyncio.sleep
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries, seconds. None is waited for."""
+    found, real = [], asyncio.sleep
 
     async def sleep(seconds):
-        pauses.append(seconds)
+        found.append(seconds)
         await real(0)
 
     monkeypatch.setattr("actors.scoring.http_service.asyncio.sleep", sleep)
+    return found
+
+
+def test_retry_after_lengthens_the_pause_up_to_a_limit(pauses):
     waits = iter(["7", "0", "86400"])
 
     async def handler(request):
@@ -364,15 +370,7 @@ def test_retry_after_lengthens_the_pause_up_to_a_limit(monkeypatch):
     assert "gave up after 3 tries; the last one at" in found
 
 
-def test_retry_after_of_one_address_does_not_delay_another(monkeypatch):
-    pauses, real = [], asyncio.sleep
-
-    async def sleep(seconds):
-        pauses.append(seconds)
-        await real(0)
-
-    monkeypatch.setattr("actors.scoring.http_service.asyncio.sleep", sleep)
-
+def test_retry_after_of_one_address_does_not_delay_another(pauses):
     async def busy(request):
         return web.Response(status=429, headers={"Retry-After": "50"})
 

@@ -246,7 +246,7 @@ def test_a_first_trial_that_cannot_start_does_not_end_the_tuning(tmp_path):
 
 
 def test_a_fault_of_the_machine_costs_no_trial(tmp_path):
-    """It comes after the first trial, and is mended before the tuning continues."""
+    """The machine fails after the first trials, and is mended before the tuning continues."""
     directory = tmp_path / "machine"
     made, cfg = plan(
         "ppo.clip_eps=0.2,0.9", "ppo.entropy_coef=0,0.01,0.02", trials=6, finalists=1, seeds=1, keep_all=True

@@ -96,7 +96,7 @@ def test_the_share_of_a_range_is_that_of_the_normal_equations():
 
 
 def test_the_interval_of_a_mean_is_students():
-    """Of the table of the t distribution: 3.182 for three degrees of freedom."""
+    """The table of the t distribution has 3.182 for three degrees of freedom."""
     outcomes = [0.0, 1.0, 2.0, 4.0]
     found = effect_of(Column("k", (0.0,) * 4, ("a",)), outcomes).means[0]["interval"]
     reach = 3.182 * stdev(outcomes) / 2
