@@ -28,7 +28,7 @@ from deploy.plan.overlap import one_gpu
 from deploy.plan.placement import Node
 from deploy.plan.plan import Plan
 from deploy.plan.planner import Planner
-from deploy.plan.rates import KINDS, Decoding, Rates, find_rates
+from deploy.plan.rates import KINDS, Rates, find_rates
 from deploy.plan.seconds import step_seconds
 from deploy.plan.step import Typical, cache_bytes
 from deploy.plan.traffic import homes
@@ -141,7 +141,7 @@ def _expected(rates: Rates) -> Rates:
     if not sheet.data_sheet:
         return rates
     prefill, decode, read = (part * rate for rate in (sheet.prefill_per_s, sheet.decode_per_s, sheet.read_bytes_per_s))
-    return replace(rates, decoding=Decoding(prefill, decode, read, data_sheet=True))
+    return replace(rates, decoding=replace(sheet, prefill_per_s=prefill, decode_per_s=decode, read_bytes_per_s=read))
 
 
 def _seconds(

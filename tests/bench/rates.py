@@ -198,7 +198,7 @@ async def _publish_often() -> list[float]:
 
 def measure(model: str, *, kind: str, gpu: bool, busy: bool) -> Rates:
     """The rates of one GPU, or of one thread on the CPU."""
-    size, worker = model_size(resolve_model(model)), config(model).learner
+    size, worker = model_size(resolve_model(model)), config(model, learner={"gpus": int(gpu)}).learner
     budgets = GPU_BUDGETS if gpu else CPU_BUDGETS
 
     def part(name: str, *args: Any, **process: Any) -> dict[str, float]:

@@ -20,6 +20,9 @@ from tests.gpu_check.run import Run
 from tests.version_models import save_model_that_writes_its_version
 
 NEAR = 1e-3  # nats, float32
+# On a GPU vLLM's attention takes float32 in TF32, with 11 bits instead of 24: 1.5e-3 on one H200. A wrong temperature
+# would be off by about 1.
+NEAR_TF32 = 5e-3
 MOST_PAUSE_S = 0.1  # for 1.2B weights
 
 
@@ -58,7 +61,8 @@ def check_sampling(run: Run) -> None:
     rollouts = [make_rollout(prompt, ids) for prompt, ids in zip(PROMPTS, found["together"], strict=True)]
     pairs = zip(found["logprobs"], reference.forward(rollouts), strict=True)
     off = max(float(np.abs(np.array(mine) - exact).max()) for mine, exact in pairs)
-    run.expect(off < NEAR, f"engine: log-probabilities at temperature {TEMPERATURE} are off by {off:.1e} nats")
+    near = NEAR_TF32 if run.on_gpu else NEAR
+    run.expect(off < near, f"engine: log-probabilities at temperature {TEMPERATURE} are off by {off:.1e} nats")
     run.expect(found["again"] == found["together"], "engine: the same seeds give the same tokens in the same batch")
     same = sum(map(list.__eq__, found["alone"], found["together"]))
     run.figure(f"engine: {same} of {len(PROMPTS)} answers are the same alone and in a batch")

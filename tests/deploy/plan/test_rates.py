@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from actors.pool.ray_actor import worker_environment
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
@@ -12,8 +13,8 @@ from common.model.size import ModelSize, model_size
 from deploy.plan.rates import H100, KINDS, ZEN5_CORE, Decoding, Rates, Speed, find_rates, own_rates, speed
 from deploy.plan.seconds import step_seconds
 from deploy.plan.work import Lengths
-from tests.bench.batch import config
-from tests.bench.rates import decoding, learning
+from tests.bench.batch import MODEL, config
+from tests.bench.rates import decoding, learning, measure
 from tests.fakes import save_tiny_model
 
 LLAMA_1B = ModelSize(1_235_814_400, 16, 2048, 32, 8, 64, 128256, 131072)
@@ -140,3 +141,28 @@ def test_rates_of_an_engine_solve_for_the_measured_seconds():
     rates = decoding(found, SMOL)
     assert (rates.prefill_per_s, rates.decode_per_s) == pytest.approx((200e9, 150e9))
     assert rates.read_bytes_per_s == pytest.approx(20e9)
+
+
+@pytest.mark.parametrize(("running", "measured_s"), [(1, 0.002545), (256, 0.012389)])
+def test_an_h200_took_the_least_time_of_its_data_sheet_and_the_time_besides(running, measured_s):
+    """Measured with the Llama of 1.2B weights of tests/gpu_check/models.py: 2,471,628,800 bytes of weights, and 32,768
+    bytes for each of the 72 tokens of a running sequence."""
+    least_s = (2_471_628_800 + running * 72 * 32_768) / 4.8e12  # bytes of a step, by the data sheet of an H200
+    assert least_s + H100.decoding.step_s + running * H100.decoding.rollout_s == pytest.approx(measured_s, rel=0.01)
+
+
+def test_the_processes_that_measure_a_gpu_see_it(monkeypatch):
+    parts = {
+        "learning": {"pass_tokens": 8192, "passes": 1.0, "training": 1.0, "optimizer": 1.0, "packing": 1.0},
+        "engine": {"running": 256, "prefill_s": 0.079, "step_s": 0.0124, "step_of_one_s": 0.0025},
+    }
+    workers = []
+
+    def call(function, *args, threads, worker):
+        workers.append(worker)
+        return parts[function.partition(":")[2]]
+
+    monkeypatch.setattr("tests.bench.rates.call", call)
+    measure(MODEL, kind="own", gpu=True, busy=False)
+    assert len(workers) == 4  # three sizes of micro-batches, and the engine
+    assert all("CUDA_VISIBLE_DEVICES" not in worker_environment(worker) for worker in workers)

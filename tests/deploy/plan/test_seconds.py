@@ -1,5 +1,7 @@
 """Seconds of phases from round rates and hand-counted work; which phases overlap; what has no number."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.model.size import ModelSize
@@ -91,6 +93,15 @@ def test_a_data_sheet_gives_the_least_seconds():
     seconds, least = plan(SHEET, **ON_GPUS)
     assert seconds["generate"] == pytest.approx(max(8 * PASS / 4000, 10 * STEP_BYTES / 100))
     assert least == {"generate", "publish", "step"}
+
+
+def test_time_besides_the_devices_work_is_added_and_a_second_gpu_does_not_halve_it():
+    slow_host = replace(SHEET, decoding=replace(SHEET.decoding, step_s=3.0, rollout_s=0.5))
+    for engine in ({"gpus": 1}, {"gpus": 2, "tensor_parallel": 2}):
+        without, found = (
+            plan(rates, **ON_GPUS | {"generators": engine})[0]["generate"] for rates in (SHEET, slow_host)
+        )
+        assert found == pytest.approx(without + 10 * 3.0 + 10 * 8 * 0.5)
 
 
 def test_roles_on_different_devices_work_at_the_same_time():
