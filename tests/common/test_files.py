@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import append_record, check_replaces, read_records, write_durably, write_json, write_whole
+from common.files import (
+    append_record,
+    check_replaces,
+    read_records,
+    replaced_directory,
+    write_durably,
+    write_json,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left_behind(tmp_path):
@@ -32,7 +40,9 @@ def test_a_file_that_cannot_be_written_to_its_end_stays_what_it_was(tmp_path, wr
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_durable_file_is_synced_before_its_rename_and_its_directory_after(tmp_path, monkeypatch):
+@pytest.fixture
+def disk_events(monkeypatch):
+    """The calls of fsync and rename, in order."""
     events, sync, rename = [], os.fsync, Path.rename
 
     def fsync(descriptor):
@@ -46,9 +56,25 @@ def test_a_durable_file_is_synced_before_its_rename_and_its_directory_after(tmp_
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", renamed)
+    return events
+
+
+def test_a_durable_file_is_synced_before_its_rename_and_its_directory_after(tmp_path, disk_events):
     write_durably(tmp_path / "COMPLETE", "whole")
-    assert events == ["sync 5 bytes", "rename", "sync directory"]
+    assert disk_events == ["sync 5 bytes", "rename", "sync directory"]
     assert (tmp_path / "COMPLETE").read_text() == "whole"
+
+
+def test_a_directory_is_synced_with_all_its_files_before_it_replaces_the_old_one(tmp_path, disk_events):
+    (tmp_path / "policy").mkdir()
+    with replaced_directory(tmp_path / "policy") as staging:
+        (staging / "parts").mkdir()
+        (staging / "parts/weights").write_bytes(b"12345")
+        (staging / "config").write_bytes(b"123")
+    *files, whole, old, new, parent = disk_events
+    assert sorted(files) == ["sync 3 bytes", "sync 5 bytes", "sync directory"]
+    assert [whole, old, new, parent] == ["sync directory", "rename", "rename", "sync directory"]
+    assert (tmp_path / "policy/parts/weights").read_bytes() == b"12345"
 
 
 def test_a_command_replaces_only_files_with_its_beginning(tmp_path):

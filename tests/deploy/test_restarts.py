@@ -135,9 +135,10 @@ def test_a_signal_during_a_pause_ends_the_run(supervised, monkeypatch):
     monkeypatch.setattr(restarts, "PAUSE_S", 600.0)
     monkeypatch.setattr(Supervisor, "_pause", noted)
     signal_when(Path("pauses").exists, signal.SIGTERM)  # a shell's background job ignores SIGINT
-    code, starts, _ = supervised("begin 1", "1", "0")
+    code, starts, told = supervised("begin 1", "1", "0")
     assert code == 143
     assert len(starts) == 2
+    assert told.endswith("stopped by SIGTERM; continue with ratchet train --resume run\n")
 
 
 def test_pauses_grow_until_the_journal_does(supervised, monkeypatch):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from common.errors import GivenUpError, RolloutLostError, UserError
+from common.errors import GivenUpError, RankLostError, RolloutLostError, UserError
 from common.files import read_records
 from common.health.health import Event
 from common.types import Prompt, Rollout, RolloutRef, SampleId, Score, Void
@@ -435,3 +435,27 @@ def test_a_run_told_to_stop_ends_its_step_and_saves_it_only_where_wanted(tmp_pat
         assert logged == [0, 1]
         assert not [event for event in events if event.startswith("save")]
     assert run.journal.next_step == 3  # the third batch is on disk either way: nothing is lost
+
+
+def test_a_run_told_to_stop_while_steps_are_learned_again_saves_no_older_step(tmp_path):
+    class LosesARank(FakeRoles):
+        async def unless_lost(self, work):
+            if self.step == 2 and "rebuild" not in self.events:
+                raise RankLostError("Learner(0) died")
+            return await work
+
+    events: list[str] = []
+    roles = LosesARank(events, synchronous=False)
+    run = make_run(tmp_path, roles, num_steps=5, checkpoint={"every": 100, "on_signal": True})
+
+    async def stopped_while_learning_again() -> None:
+        training = asyncio.create_task(train(run))
+        while not ("rebuild" in events and roles.step == 1 and roles.updating):
+            await asyncio.sleep(0.0005)
+        training.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+
+    asyncio.run(stopped_while_learning_again())
+    assert (roles.step, run.journal.next_step) == (1, 2)
+    assert not [event for event in events if event.startswith("save")]

@@ -227,6 +227,12 @@ def test_the_error_of_a_rank_ends_all_of_them(error, kind, message, tmp_path):
         in_ranks(Fails(error), 2, gpus=0, scratch=tmp_path)
 
 
+def test_every_rank_on_gpus_needs_a_name_in_cuda_visible_devices(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    with pytest.raises(UserError, match=r"has a rank 1, but CUDA_VISIBLE_DEVICES \(GPU-a\) names only 1 GPU"):
+        in_ranks(Fails(None), 2, gpus=1, scratch=tmp_path)
+
+
 def test_tensors_that_two_ranks_wrote_are_put_together(tmp_path):
     import json
 
