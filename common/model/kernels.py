@@ -149,7 +149,8 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate) * up  # not in place: torch 2.11's compiler would lose the gradient
+        # Not in place, which would save a tensor of this size: torch 2.11's compiler would lose the gradient.
+        return silu(gate) * up
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:

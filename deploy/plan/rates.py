@@ -32,14 +32,15 @@ class Speed:
 class Decoding:
     """The rates of an engine. The bytes that a step reads and its operations are each divided by a rate. With measured
     rates, a step takes the sum of the two times. With the rates of a data sheet, the larger one is the least time that
-    a step can take. `step_s` and `rollout_s` are added to it."""
+    a step can take. `step_s` and `rollout_s` are added in both cases. They were measured on one machine; another may
+    need less."""
 
     prefill_per_s: float  # operations
     decode_per_s: float  # operations
     read_bytes_per_s: float  # weights, keys and values
     data_sheet: bool = False
-    step_s: float = 0.0  # seconds of each step in which the device computes nothing: Python, starting kernels
-    rollout_s: float = 0.0  # the same for each rollout that a step continues
+    step_s: float = 0.0  # seconds of each step beyond these rates: mostly Python, and starting kernels
+    rollout_s: float = 0.0  # the same, for each rollout that a step continues
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ H100 = Rates(
     device="gpu",
     origin=(
         "passes, updates and packing measured on one NVIDIA H100 80GB HBM3, 2026-11-26, without compiled layers "
-        "(docs/performance.md). vLLM was not measured on it: the least that generation can take by the data sheet, "
-        "989 TFLOP/s in bfloat16 and 3.35 TB/s, and besides it the time that vLLM took on the machine of an H200: "
-        "2.0 ms for each step and 0.038 ms for each rollout in it"
+        "(docs/performance.md). vLLM was not measured on it. Generation is the least time by the data sheet, 989 "
+        "TFLOP/s in bfloat16 and 3.35 TB/s, plus vLLM's own time, measured on the machine of an H200: 2.0 ms for each "
+        "step and 0.038 ms for each rollout in it"
     ),
     passes=H100_SPEEDS,
     training=H100_SPEEDS,
     # With 1.2B weights and rollouts of 72 tokens an H200 took 2.55 ms for a step of one rollout and 12.4 ms for one of
-    # 256. By its data sheet (4.8 TB/s) it would take 0.52 and 0.64 ms. The rest is the time besides.
+    # 256. By its data sheet (4.8 TB/s) it would take 0.52 and 0.64 ms. The rest counts as vLLM's own time.
     decoding=Decoding(989e12, 989e12, 3.35e12, data_sheet=True, step_s=1.99e-3, rollout_s=38e-6),
     publish_bytes_per_s=13.5e9 / 1.95,
     publish_whole=False,

@@ -100,15 +100,16 @@ def _generate(
     prefill, decode = done.prefill / rate.prefill_per_s, done.decode / rate.decode_per_s
     reading = done.steps * done.step_bytes / rate.read_bytes_per_s
     seconds = max(prefill + decode, reading) if rate.data_sheet else prefill + decode + reading
-    besides = done.steps * rate.step_s + done.rollouts * lengths.response * rate.rollout_s
+    overhead = done.steps * rate.step_s + done.rollouts * lengths.response * rate.rollout_s
     detail = f"{engines.min} engine(s), at most {done.running} at once in each, {done.steps:.0f} steps"
     if rate.data_sheet:
-        basis = "data sheet and the time besides (see below)" if rate.step_s else "data sheet"
-        detail += f"; by the card's {basis}, not measured"
+        detail += "; by the card's data sheet, not measured"
+    if rate.step_s:
+        detail += ", plus vLLM's own time on another machine (see below)"
     if cfg.environment is not None:
         detail += "; the time in which environments answer is not counted, and their tokens count as the policy's"
     at_least = rate.data_sheet or engines.tensor_parallel > 1 or cfg.environment is not None
-    return Phase("generate", seconds / faster + besides, detail, at_least)
+    return Phase("generate", seconds / faster + overhead, detail, at_least)
 
 
 def _score(

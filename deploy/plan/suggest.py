@@ -35,10 +35,9 @@ from deploy.plan.traffic import homes
 
 # Tokens of a micro-batch, and rollouts in an engine's cache, that a layout should have. If none has, any will do.
 GOOD_TOKENS, GOOD_ROLLOUTS = 4096, 16
-# The part of a data sheet's numbers that an engine is assumed to reach. It was not measured. With 1, almost every GPU
-# would go to the learner, and a step would wait for too few engines.
+# The part of a data sheet's rates that an engine is assumed to reach. It was not measured.
 OF_DATA_SHEET = 0.5
-NEAR = 1.1  # steps with a smaller ratio count as equal: predictions were up to 23 % off (docs/plan.md)
+NEAR = 1.1  # steps with a smaller ratio count as equal: predictions on CPUs were up to 23 % off (docs/plan.md)
 Found = tuple[Layout, Plan[Config]]
 Timed = tuple[tuple[float, float], Found]  # with its seconds, see `_seconds`
 

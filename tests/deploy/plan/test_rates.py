@@ -144,9 +144,9 @@ def test_rates_of_an_engine_solve_for_the_measured_seconds():
 
 
 @pytest.mark.parametrize(("running", "measured_s"), [(1, 0.002545), (256, 0.012389)])
-def test_an_h200_took_the_least_time_of_its_data_sheet_and_the_time_besides(running, measured_s):
-    """Measured with the Llama of 1.2B weights of tests/gpu_check/models.py: 2,471,628,800 bytes of weights, and 32,768
-    bytes for each of the 72 tokens of a running sequence."""
+def test_vllms_own_time_gives_back_the_steps_of_an_h200(running, measured_s):
+    """It was fitted to these two steps. The model is the Llama of 1.2B weights of tests/gpu_check/models.py:
+    2,471,628,800 bytes of weights, and 32,768 bytes for each of the 72 tokens of a running sequence."""
     least_s = (2_471_628_800 + running * 72 * 32_768) / 4.8e12  # bytes of a step, by the data sheet of an H200
     assert least_s + H100.decoding.step_s + running * H100.decoding.rollout_s == pytest.approx(measured_s, rel=0.01)
 

@@ -95,7 +95,7 @@ def test_a_data_sheet_gives_the_least_seconds():
     assert least == {"generate", "publish", "step"}
 
 
-def test_time_besides_the_devices_work_is_added_and_a_second_gpu_does_not_halve_it():
+def test_vllms_own_time_is_added_and_not_divided_among_gpus():
     slow_host = replace(SHEET, decoding=replace(SHEET.decoding, step_s=3.0, rollout_s=0.5))
     for engine in ({"gpus": 1}, {"gpus": 2, "tensor_parallel": 2}):
         without, found = (

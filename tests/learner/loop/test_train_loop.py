@@ -425,7 +425,7 @@ def test_a_run_told_to_stop_ends_its_step_and_saves_it_only_where_wanted(tmp_pat
         with pytest.raises(asyncio.CancelledError):
             await training
 
-    asyncio.run(stopped_while_learning())
+    asyncio.run(asyncio.wait_for(stopped_while_learning(), 60))
     logged = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
     if on_signal:
         assert logged == [0, 1, 2]
@@ -456,6 +456,6 @@ def test_a_run_told_to_stop_while_steps_are_learned_again_saves_no_older_step(tm
         with pytest.raises(asyncio.CancelledError):
             await training
 
-    asyncio.run(stopped_while_learning_again())
+    asyncio.run(asyncio.wait_for(stopped_while_learning_again(), 60))
     assert (roles.step, run.journal.next_step) == (1, 2)
     assert not [event for event in events if event.startswith("save")]
