@@ -123,8 +123,14 @@ def installed(wheel, tmp_path_factory) -> Path:
     [packages] = place.glob("lib/python*/site-packages")
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(place / "bin/python")]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, timeout=300)
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, env=without_this_checkout(), check=True, timeout=300)
     return place / "bin"
+
+
+def without_this_checkout() -> dict[str, str]:
+    """The environment without PYTHONPATH, through which pip and programs would find this checkout."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
 @pytest.fixture
@@ -132,7 +138,7 @@ def elsewhere(installed, tmp_path, monkeypatch):
     """Runs a program of that environment in an empty directory. Returns what it has printed."""
     here = tmp_path / "elsewhere"
     here.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = without_this_checkout()
 
     def call(program: str, *arguments: str) -> str:
         done = subprocess.run(
