@@ -55,9 +55,9 @@ def load_inputs(
     sources = [*service.sources, *judges]
     chat = cfg.prompts.format == "chat"
     reward_models = check_sources(sources, chat=chat)
-    tools, episode = [], isinstance(cfg, Config) and cfg.environment is not None
-    if isinstance(cfg, Config) and cfg.environment is not None:
-        tools = check_environment(cfg.environment, policy.tokenizer, model=policy.path, chat=chat)
+    environment, tools = cfg.environment if isinstance(cfg, Config) else None, []
+    if environment is not None:
+        tools = check_environment(environment, policy.tokenizer, model=policy.path, chat=chat)
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
 
@@ -84,7 +84,7 @@ def load_inputs(
             f"{' and '.join(prompts)} must not share prompts, because an evaluation on training prompts says nothing; "
             f"they share {len(shared)}, such as {min(shared)!r}: remove them from one"
         )
-    try_sources(service, sources, records[0][0], policy.tokenizer, episode=episode)
+    try_sources(service, sources, records[0][0], policy.tokenizer, episode=environment is not None)
     return Inputs(records, reward_models)
 
 
